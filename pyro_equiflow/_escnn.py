@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""escnn made fit on first import: bases that no chance decides, a cache in the user's folder, no noise.
+"""escnn made fit on first import: bases that no chance decides, a cache in the user's folder.
 
 escnn finds Clebsch-Gordan coefficients and the irreps inside a representation by random elements
 of the group, a randomised SVD and an optimiser's random start. The bases so found differ from one
@@ -124,9 +124,7 @@ def _embeddings(
     d = endomorphisms.shape[-1]
     null = np.eye(size * d)
     if rho:
-        constraint = np.concatenate(
-            [np.kron(a, np.eye(d)) - np.kron(np.eye(size), b.T) for a, b in zip(rho, psi)]
-        )
+        constraint = np.concatenate([np.kron(a, np.eye(d)) - np.kron(np.eye(size), b.T) for a, b in zip(rho, psi)])
         _, singular_values, vh = np.linalg.svd(constraint, full_matrices=False)
         null = vh[singular_values < _ZERO]
     copies, rest = divmod(null.shape[0], endomorphisms.shape[0])
@@ -192,9 +190,7 @@ def _embeddings_of(psi: Any, rho: tuple[list, list], size: int) -> np.ndarray:
 # ---- escnn's functions, computed by the canonical basis ---------------------------------------
 
 
-def _decompose(
-    rho: Callable[[Any], np.ndarray], group: Any, irreps: Sequence[Any]
-) -> tuple[np.ndarray, Irreps]:
+def _decompose(rho: Callable[[Any], np.ndarray], group: Any, irreps: Sequence[Any]) -> tuple[np.ndarray, Irreps]:
     generating, others = _constraining(group)
     size = rho(group.identity).shape[0]
     matrices = [rho(g) for g in generating], [rho(g) for g in others]
@@ -226,9 +222,7 @@ def decompose_representation_general(
     return change_of_basis, [(id, m) for id, m in multiplicities if m]
 
 
-def compute_irrep_embeddings_general(
-    representation: Callable[[Any], np.ndarray], irrep: Any
-) -> np.ndarray:
+def compute_irrep_embeddings_general(representation: Callable[[Any], np.ndarray], irrep: Any) -> np.ndarray:
     """As escnn's function of that name: ``(size, d, m)``."""
     generating, others = _constraining(irrep.group)
     matrices = [representation(g) for g in generating], [representation(g) for g in others]
@@ -239,17 +233,16 @@ _tensors: dict[tuple, np.ndarray] = {}
 _decompositions: dict[tuple, Irreps] = {}
 
 
-def clebsch_gordan_tensor(
-    J: tuple, l: tuple, j: tuple, group_class: str, **group_keys: Any
-) -> np.ndarray:
+def clebsch_gordan_tensor(J: tuple, l: tuple, j: tuple, group_class: str, **group_keys: Any) -> np.ndarray:
     """As escnn's ``_clebsh_gordan_tensor``: ``(dim J, dim l, multiplicity, dim j)``."""
     group = escnn.group.groups_dict[group_class]._generator(**group_keys)
     key = (*_key(group), J, l, j)
     if key not in _tensors:
         first, second, target = (group.irrep(*id) for id in (J, l, j))
-        products = tuple(
-            [np.kron(a, b) for a, b in zip(*pair)]
-            for pair in zip(_irrep_matrices(first), _irrep_matrices(second))
+        left, right = _irrep_matrices(first), _irrep_matrices(second)
+        products = (
+            [np.kron(a, b) for a, b in zip(left[0], right[0])],
+            [np.kron(a, b) for a, b in zip(left[1], right[1])],
         )
         w = _embeddings_of(target, products, first.size * second.size)
         shape = first.size, second.size, target.size, w.shape[2]

@@ -34,9 +34,9 @@ def _clebsch_gordan(a: int, b: int, c: int, alpha: int, beta: int, gamma: int) -
         )
         for k in range(max(0, -u, -v), min(ab_c, a_minus, b_plus) + 1)
     )
-    square = Fraction(
-        (c + 1) * f(ab_c) * f(ac_b) * f(bc_a), f((a + b + c) // 2 + 1)
-    ) * Fraction(f(a_minus) * f(a_plus) * f(b_minus) * f(b_plus) * f(c_minus) * f(c_plus))
+    square = Fraction((c + 1) * f(ab_c) * f(ac_b) * f(bc_a), f((a + b + c) // 2 + 1)) * Fraction(
+        f(a_minus) * f(a_plus) * f(b_minus) * f(b_plus) * f(c_minus) * f(c_plus)
+    )
     root = sqrt(square * total * total)
     return -root if total < 0 else root
 
@@ -45,9 +45,7 @@ def _integers(*arguments):
     arrays = np.broadcast_arrays(*arguments)
     for array in arrays:
         if not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(
-                f"expected integers (twice the quantum numbers), found dtype {array.dtype}"
-            )
+            raise TypeError(f"expected integers (twice the quantum numbers), found dtype {array.dtype}")
     return arrays
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wigner D-matrices of SO(3), from one exact quarter turn a degree."""
 
-from functools import lru_cache
+from functools import cache
 from math import comb, factorial, sqrt
 
 import numpy as np
@@ -23,7 +23,7 @@ def _quarter_turn(l: int, row: int, column: int) -> float:
     return -root if total < 0 else root
 
 
-@lru_cache(maxsize=None)
+@cache
 def _real_to_complex(l: int) -> np.ndarray:
     """Unitary ``B`` with ``D = B R B^H``: complex harmonics from real ones."""
     basis = np.zeros((2 * l + 1, 2 * l + 1), dtype=complex)
@@ -36,15 +36,10 @@ def _real_to_complex(l: int) -> np.ndarray:
     return basis
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pole_to_y(l: int) -> np.ndarray:
     """The rotation that takes the z axis to the y axis, in the real basis."""
-    quarter = np.array(
-        [
-            [_quarter_turn(l, row, column) for column in range(-l, l + 1)]
-            for row in range(-l, l + 1)
-        ]
-    )
+    quarter = np.array([[_quarter_turn(l, row, column) for column in range(-l, l + 1)] for row in range(-l, l + 1)])
     basis = _real_to_complex(l)
     matrix = _about_z(l, np.pi / 2) @ (basis.conj().T @ quarter @ basis).real
     matrix.flags.writeable = False
