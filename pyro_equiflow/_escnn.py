@@ -65,7 +65,7 @@ try:
         import escnn.group
         import escnn.nn
         from escnn.group import _clebsh_gordan, _numerical, irrep, representation
-        from escnn.group.groups import o3group, so3group
+        from escnn.group.groups import ico, o3group, octa, so3group
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] not in ("escnn", "lie_learn"):
         raise
@@ -282,6 +282,25 @@ def clebsch_gordan_tensor_so3(m: int, n: int, j: int) -> np.ndarray:
     return _clebsch_gordan_so3(int(m), int(n), int(j)).copy()
 
 
+def irrep_matrices_from_generators(group: Any, generators: list) -> dict[Any, np.ndarray]:
+    """As escnn's ``generate_irrep_matrices_from_generators``, breadth first in a fixed order.
+
+    Its check of every product of two elements, seconds for 60 of them, is left out: the generators
+    that escnn passes are constants.
+    """
+    matrices = {group.identity: np.eye(generators[0][1].shape[0])}
+    reached = [group.identity]
+    for e in reached:  # grows meanwhile
+        for g, matrix in generators:
+            product = g @ e
+            if product not in matrices:
+                matrices[product] = matrix @ matrices[e]
+                reached.append(product)
+    if len(matrices) != group.order():
+        raise ValueError(f"expected generators of {group}, found {len(matrices)} elements")
+    return matrices
+
+
 # ---- put in place -----------------------------------------------------------------------------
 
 
@@ -304,8 +323,13 @@ def _install() -> None:
                 "Import pyro_equiflow first.",
                 stacklevel=2,
             )
-    # No basis is kept on disk: it takes no longer to compute than to read, and cannot go stale.
+    # No basis is kept on disk: computing it takes about as long as reading it, and what is not kept
+    # cannot go stale.
     irrep._restrict_irrep = _original(irrep._restrict_irrep)
+    ico._build_ico_irrep_picklable = _original(ico._build_ico_irrep_picklable)
+    octa._build_octa_irrep_picklable = _original(octa._build_octa_irrep_picklable)
+    for module in (irrep, ico, octa):
+        module.generate_irrep_matrices_from_generators = irrep_matrices_from_generators
     _clebsh_gordan._clebsh_gordan_tensor = clebsch_gordan_tensor
     _clebsh_gordan._find_tensor_decomposition = tensor_decomposition
     for module in (_numerical, irrep, representation):
