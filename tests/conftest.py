@@ -5,6 +5,8 @@ import pyro
 import pytest
 import torch
 
+import pyro_equiflow._escnn  # noqa: F401  before a test builds a group of escnn
+
 # pytest-xdist runs one process a core; more threads than cores slow small tensor work manyfold.
 torch.set_num_threads(1)
 

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""escnn as the package makes it: the same bases everywhere, silent, no folder in site-packages.
+
+Most of it is about fresh processes with empty caches, so these run in subprocesses.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Every kind of basis that escnn takes from chance, and two filters built from them.
+BASES = """
+import sys
+import numpy as np
+np.random.seed(int(sys.argv[2]))
+state = np.random.get_state()[1].copy()
+import pyro_equiflow._escnn
+import torch
+from escnn import group, gspaces, nn as enn
+
+out = {}
+
+def clebsch_gordan(G, *ids):
+    out["-".join(["cg", G.name, *map(str, ids)])] = G._clebsh_gordan_coeff(*ids)
+
+def restricted(G, psi, subgroup):
+    out["-".join(["restricted", G.name, str(psi.id), str(subgroup)])] = psi.restrict(subgroup).change_of_basis
+
+def tensor(psi, phi):
+    out["-".join(["tensor", psi.group.name, str(psi.id), str(phi.id)])] = psi.tensor(phi).change_of_basis
+
+O2, D8 = group.o2_group(6), group.dihedral_group(8)
+for f in range(4):
+    for h in range(3):
+        tensor(O2.irrep(1, f) , O2.irrep(1, h))
+SO3, O3 = group.so3_group(4), group.o3_group(4)
+for m, n, j in [(0, 1, 1), (1, 1, 0), (1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 3), (2, 1, 1)]:
+    clebsch_gordan(SO3, (m,), (n,), (j,))
+clebsch_gordan(O3, (1, 1), (0, 2), (1, 2))
+tensor(SO3.irrep(1), SO3.irrep(2))
+octa, ico = group.octa_group(), group.ico_group()
+restricted(SO3, SO3.irrep(3), "octa")
+restricted(SO3, SO3.irrep(3), "ico")
+restricted(O3, O3.irrep(1, 2), (True, "octa"))
+restricted(SO3, SO3.irrep(2), (True, 3))
+tensor(octa.irrep(1), octa.irrep(2))
+tensor(octa.irrep(-1), octa.irrep(1))
+tensor(ico.irrep(3), ico.irrep(1))
+for psi in octa.irreps() + ico.irreps():
+    out[f"irrep-{psi.group.name}-{psi.id}"] = np.stack([psi(g) for g in psi.group.elements])
+tensor(D8.irrep(1, 1), D8.irrep(1, 2))
+tensor(D8.irrep(1, 3), D8.irrep(1, 3))
+out["quotient-D8"] = D8.quotient_representation((None, 4)).change_of_basis
+permutations = {g: np.kron(D8.irrep(1, 1)(g), D8.irrep(1, 3)(g)) for g in D8.elements}
+out["decomposed-D8"] = group.representation.build_from_discrete_group_representation(
+    permutations, "kron", D8, []
+).change_of_basis
+cylinder = group.full_cylinder_group(2)
+tensor(cylinder.irrep((1,), (1, 1)), cylinder.irrep((0,), (1, 1)))
+out["numpy-state"] = np.array(np.array_equal(np.random.get_state()[1], state))
+
+def filters(conv):
+    with torch.no_grad():
+        conv.weights.copy_(torch.linspace(-1, 1, conv.weights.numel()))
+    return conv.expand_parameters()[0].detach().numpy()
+
+plane = gspaces.flipRot2dOnR2(8)
+inputs = enn.FieldType(plane, [plane.irrep(1, 1), plane.quotient_repr((None, 4))])
+out["filter-R2"] = filters(enn.R2Conv(inputs, enn.FieldType(plane, [plane.regular_repr]), 3, initialize=False))
+plane = gspaces.flipRot2dOnR2(-1, 3)
+vectors = enn.FieldType(plane, [plane.irrep(1, 1), plane.irrep(1, 2)])
+out["filter-R2-O2"] = filters(enn.R2Conv(vectors, vectors, 5, initialize=False))
+space = gspaces.octaOnR3()
+vectors = enn.FieldType(space, [space.irrep(1), space.irrep(2)])
+out["filter-R3"] = filters(enn.R3Conv(vectors, vectors, 3, initialize=False))
+np.savez(sys.argv[1], **out)
+"""
+
+
+def python(code, *arguments, options=(), cache=None, path=(), **environment):
+    """What a fresh interpreter prints, the package importable and the caches empty."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT])),
+        **environment,
+    }
+    environment.pop("PYRO_EQUIFLOW_CACHE", None)
+    if cache is not None:
+        environment["PYRO_EQUIFLOW_CACHE"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """The bases of three processes that have nothing in common but the code."""
+    folder = tmp_path_factory.mktemp("bases")
+    # scikit-learn from 1.9 on refuses matrices, which is what escnn 1.0.11 gives it.
+    extmath = folder / "path" / "sklearn" / "utils" / "extmath.py"
+    extmath.parent.mkdir(parents=True)
+    (extmath.parent / "__init__.py").touch()
+    (extmath.parents[1] / "__init__.py").touch()
+    extmath.write_text("def randomized_svd(*args, **kwargs):\n    raise TypeError('np.matrix is not supported')\n")
+    no_py3nj = "import sys; sys.modules['py3nj'] = None\n"
+    results = {}
+    for name, code, environment in [
+        ("plain", BASES, {}),
+        ("no py3nj", no_py3nj + BASES, {"PYTHONHASHSEED": "1"}),
+        ("scikit-learn 1.9, two threads", BASES, {"path": [folder / "path"], "OMP_NUM_THREADS": "2"}),
+    ]:
+        saved = folder / f"{len(results)}.npz"
+        printed = python(code, saved, len(results), cache=folder / f"cache{len(results)}", **environment)
+        assert printed == ""
+        results[name] = dict(np.load(saved))
+    return results
+
+
+@pytest.mark.parametrize("other", ["no py3nj", "scikit-learn 1.9, two threads"])
+def test_bases_are_equal_in_processes_with_cold_caches(bases, other):
+    assert bases["plain"].keys() == bases[other].keys()
+    for name, basis in bases["plain"].items():
+        # Filters are sampled in float32; the rest is float64, and each projector is unique.
+        tolerance = 1e-6 if name.startswith("filter") else 1e-12
+        np.testing.assert_allclose(bases[other][name], basis, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_numpys_random_state_is_left_alone(bases):
+    assert all(result["numpy-state"] for result in bases.values())
+
+
+def test_bases_are_orthogonal(bases):
+    for name, basis in bases["plain"].items():
+        if name.startswith(("tensor", "restricted", "quotient", "decomposed")):
+            np.testing.assert_allclose(basis.T @ basis, np.eye(len(basis)), atol=1e-12, err_msg=name)
+
+
+def test_tensor_products_are_decomposed():
+    from escnn import group
+
+    import pyro_equiflow._escnn  # noqa: F401
+
+    for G, J, l in [
+        (group.o2_group(6), (1, 2), (1, 3)),
+        (group.so3_group(4), (2,), (1,)),
+        (group.cyclic_group(8), (1,), (2,)),
+        (group.dihedral_group(5), (1, 1), (1, 2)),
+        (group.ico_group(), (4,), (1,)),
+        (group.full_octa_group(), ((1,), (2,)), ((0,), (1,))),
+        (group.cylinder_group(2), ((1,), (1,)), ((0,), (1,))),
+    ]:
+        first, second = G.irrep(*J), G.irrep(*l)
+        product = first.tensor(second)
+        for g in G.testing_elements():
+            expected = np.kron(first(g), second(g))
+            # Representations multiply to 1e-14, escnn's own elements to about 1e-8 (quaternions).
+            np.testing.assert_allclose(product(g), expected, atol=1e-7, err_msg=f"{G} {J} {l}")
+
+
+def test_the_pivot_is_not_rounding():
+    """The embedding does not hang on the basis of the null space that the SVD happens to return."""
+    from escnn import group
+
+    from pyro_equiflow import _escnn
+
+    G = group.dihedral_group(6)
+    rho, psi = G.regular_representation, G.irrep(1, 1)
+    generators = G.generators
+    matrices = [rho(g) for g in generators], [psi(g) for g in generators]
+    expected = _escnn._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
+    rng = np.random.default_rng(0)
+    svd = np.linalg.svd
+
+    def rotated_svd(a, **kwargs):
+        u, s, vh = svd(a, **kwargs)
+        null = s < 1e-8
+        rotation, _ = np.linalg.qr(rng.normal(size=(null.sum(), null.sum())))
+        vh[null] = rotation @ vh[null]
+        return u, s, vh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.linalg, "svd", rotated_svd)
+        found = _escnn._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+    assert found.shape == (12, 2, 2)
+
+
+def test_import_and_polyhedral_groups_are_silent(tmp_path):
+    code = """
+import pyro.distributions  # what Pyro itself warns of is not ours
+import warnings
+warnings.simplefilter("error")
+import pyro_equiflow._escnn
+from escnn import group, gspaces, nn
+group.ico_group(), group.octa_group(), group.full_ico_group(), group.full_octa_group()
+group.so3_group(2).irrep(2).restrict("ico")
+space = gspaces.octaOnR3()
+fields = nn.FieldType(space, [space.irrep(1)])
+nn.R3Conv(fields, fields, 3)
+"""
+    for hidden in ("", "import sys; sys.modules['py3nj'] = None\n"):
+        assert python(hidden + code, cache=tmp_path / "cache") == ""
+
+
+# escnn's folder cannot be written, root or not: whatever makes a folder below it is refused.
+READ_ONLY = """
+import importlib.util, os
+site = os.path.dirname(importlib.util.find_spec("escnn").origin)
+refused = []
+def guard(original):
+    def guarded(path, *args, **kwargs):
+        if os.path.abspath(os.fspath(path)).startswith((site, "/nowhere")):
+            refused.append(path)
+            raise PermissionError(13, "read-only", path)
+        return original(path, *args, **kwargs)
+    return guarded
+os.mkdir, os.makedirs = guard(os.mkdir), guard(os.makedirs)
+"""
+USE_CACHE = """
+import pyro_equiflow._escnn as fit
+from escnn import group
+group.ico_group()
+print(fit._memory.location, len(group.so3_group(2).sphere_grid("thomson", N=2)))
+assert not [path for path in refused if str(path).startswith(site)], refused
+"""
+
+
+def test_read_only_site_packages(tmp_path):
+    printed = python(READ_ONLY + USE_CACHE, cache=tmp_path / "cache")
+    assert printed.split() == [str(next((tmp_path / "cache").iterdir())), "2"]
+    assert any((tmp_path / "cache").rglob("output.pkl"))
+
+
+def test_no_folder_can_be_written_at_all():
+    assert python(READ_ONLY + USE_CACHE, cache="/nowhere/cache").split() == ["None", "2"]
+
+
+def test_escnn_imported_first(tmp_path):
+    code = """
+import escnn.gspaces
+before = escnn.group.groups.so3_utils.thomson_sphere.store_backend.location
+import pyro_equiflow._escnn as fit
+after = escnn.group.groups.so3_utils.thomson_sphere.store_backend.location
+assert before != after and after.startswith(fit._memory.location), (before, after)
+assert escnn.group.irrep.decompose_representation_general is fit.decompose_representation_general
+"""
+    assert python(code, cache=tmp_path, options=["-W", "error::UserWarning"]) == ""
+
+
+def test_groups_built_first_are_warned_of(tmp_path):
+    code = "import escnn.group; escnn.group.dihedral_group(4); import pyro_equiflow._escnn"
+    assert "Import pyro_equiflow first" in python(code, cache=tmp_path)
+
+
+def test_lie_learn_missing(tmp_path):
+    code = """
+import sys
+sys.modules["lie_learn"] = None
+try:
+    import pyro_equiflow._escnn
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install ./stand_ins/py3nj ./stand_ins/lie_learn ." in python(code, cache=tmp_path)
+
+
+def test_import_adds_little(tmp_path):
+    """At most 0.3 s on top of Pyro and escnn (medians of five, twice that for a busy machine)."""
+    code = """
+import sys, time
+import pyro, pyro.infer, escnn.nn, escnn.gspaces
+start = time.perf_counter()
+import pyro_equiflow
+print(time.perf_counter() - start)
+"""
+    seconds = [float(python(code, cache=tmp_path)) for _ in range(3)]
+    assert np.median(seconds) < 0.6, seconds
+
+
+# ---- the stand-ins against independent facts ---------------------------------------------------
+
+
+def test_clebsch_gordan_known_values():
+    from py3nj import clebsch_gordan, wigner3j
+
+    # py3nj 0.2.1, the Fortran package
+    assert clebsch_gordan(4, 6, 8, 2, -4, -2) == pytest.approx(0.5916079783099616, abs=1e-14)
+    assert clebsch_gordan(12, 10, 8, 2, 4, 6) == pytest.approx(0.37022011974356156, abs=1e-14)
+    assert wigner3j(4, 6, 8, 2, -4, 2) == pytest.approx(0.19720265943665385, abs=1e-14)
+    # the singlet of two spins 1/2, and Condon and Shortley's sign
+    assert clebsch_gordan(1, 1, 0, [1, -1], [-1, 1], 0) == pytest.approx([0.5**0.5, -(0.5**0.5)])
+    assert clebsch_gordan(1, 2, 3, 1, 0, 1) == pytest.approx((2 / 3) ** 0.5, abs=1e-15)
+    assert clebsch_gordan(2, 2, 2, 4, 0, 4) == 0.0
+
+
+@pytest.mark.parametrize("j1, j2", [(1, 2), (2, 2), (3, 4), (12, 11)])
+def test_clebsch_gordan_is_orthogonal(j1, j2):
+    """Twice the momenta; the coefficients of all totals together are an orthogonal matrix."""
+    from py3nj import clebsch_gordan
+
+    m1, m2 = np.meshgrid(np.arange(-j1, j1 + 1, 2), np.arange(-j2, j2 + 1, 2), indexing="ij")
+    rows = [
+        clebsch_gordan(j1, j2, j, m1.ravel(), m2.ravel(), m)
+        for j in range(abs(j1 - j2), j1 + j2 + 1, 2)
+        for m in range(-j, j + 1, 2)
+    ]
+    np.testing.assert_allclose(np.array(rows) @ np.array(rows).T, np.eye(len(rows)), atol=1e-14)
+
+
+def test_clebsch_gordan_needs_integers():
+    from py3nj import clebsch_gordan
+
+    with pytest.raises(TypeError, match="float64"):
+        clebsch_gordan(2.0, 2, 2, 0, 0, 0)
+
+
+def _zyz(rotation):
+    return rotation.as_euler("ZYZ")
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 5, 12])
+@pytest.mark.parametrize("field", ["real", "complex"])
+def test_wigner_d_is_a_homomorphism(degree, field):
+    from lie_learn.representations.SO3.wigner_d import wigner_D_matrix
+    from scipy.spatial.transform import Rotation
+
+    g, h = Rotation.from_euler("ZYZ", [0.3, 0.7, -1.1]), Rotation.from_euler("ZYZ", [-2.0, 2.3, 0.4])
+    of_g, of_h, of_gh = (wigner_D_matrix(degree, *_zyz(r), field=field) for r in (g, h, g * h))
+    np.testing.assert_allclose(of_g @ of_h, of_gh, atol=1e-13)
+    np.testing.assert_allclose(of_g @ of_g.conj().T, np.eye(2 * degree + 1), atol=1e-13)
+    angle = (g.inv() * h).magnitude()
+    character = np.sin((degree + 0.5) * angle) / np.sin(0.5 * angle)
+    assert np.trace(of_g.conj().T @ of_h) == pytest.approx(character, abs=1e-12)
+
+
+def test_wigner_d_of_degree_1_is_the_rotation():
+    from lie_learn.representations.SO3.wigner_d import wigner_D_matrix
+    from scipy.spatial.transform import Rotation
+
+    # Harmonics of degree 1 are y, z, x.
+    order = [1, 2, 0]
+    for angles in ([0.3, 0.7, -1.1], [2.0, -1.0, 0.5], [0.0, 0.0, 1.0]):
+        rotation = Rotation.from_euler("ZYZ", angles).as_matrix()
+        found = wigner_D_matrix(1, *angles)
+        np.testing.assert_allclose(found, rotation[np.ix_(order, order)], atol=1e-15)
+
+
+def test_wigner_d_known_values():
+    from lie_learn.representations.SO3.wigner_d import wigner_D_matrix
+
+    # lie_learn 0.0.2, built for numpy 1
+    expected = [
+        [-0.00971066935711158, 0.4891209708192538, 0.20294084477079571, -0.3476546981603986, -0.773703821352968],
+        [0.24446458630063966, 0.3761985719883376, 0.25220418470516215, -0.6284053093515244, 0.5832765355085116],
+        [0.2905855491152654, -0.7605781959441846, 0.37747535717518077, -0.3871100432758574, -0.2115159937690353],
+        [-0.492612301364108, 0.04218585748619449, 0.8153075658718929, 0.2750893603116931, 0.1230970789591044],
+        [0.7829661091871287, 0.19742459730542744, 0.29663781029807834, 0.5086399868906143, -0.03576273871833557],
+    ]
+    np.testing.assert_allclose(wigner_D_matrix(2, 0.3, 0.7, -1.1), expected, atol=1e-14)
+    complex_entry = wigner_D_matrix(3, 0.3, 0.7, -1.1, field="complex")[1, 2]
+    assert complex_entry == pytest.approx(0.5105608207673176 + 0.27892064760187496j, abs=1e-14)
+
+
+def test_wigner_d_refuses_other_conventions():
+    from lie_learn.representations.SO3.wigner_d import wigner_D_matrix
+
+    with pytest.raises(NotImplementedError, match="nfft"):
+        wigner_D_matrix(1, 0.0, 0.0, 0.0, normalization="nfft")
+    with pytest.raises(NotImplementedError, match="quaternionic"):
+        wigner_D_matrix(1, 0.0, 0.0, 0.0, field="quaternionic")
