@@ -301,6 +301,21 @@ def irrep_matrices_from_generators(group: Any, generators: list) -> dict[Any, np
     return matrices
 
 
+class _SparseMatrices:
+    """``scipy.sparse`` whose ``block_diag`` returns sparse matrices, which is what escnn computes with.
+
+    scipy is about to return sparse arrays for blocks that are arrays, and warns of it at every call.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_sparse, name)
+
+    @staticmethod
+    def block_diag(mats: Sequence[Any], format: str | None = None, dtype: Any = None) -> Any:
+        first, *others = mats
+        return _sparse.block_diag([_sparse.coo_matrix(first), *others], format=format, dtype=dtype)
+
+
 # ---- put in place -----------------------------------------------------------------------------
 
 
@@ -308,6 +323,7 @@ def _original(function: Any) -> Any:
     return getattr(function, "func", function)
 
 
+_sparse = representation.sparse
 _find_tensor_decomposition = _original(_clebsh_gordan._find_tensor_decomposition)
 
 
@@ -336,6 +352,8 @@ def _install() -> None:
         module.decompose_representation_finitegroup = decompose_representation_finitegroup
     for module in (_numerical, irrep):
         module.decompose_representation_general = decompose_representation_general
+    for module in (escnn.group.group, representation, escnn.nn.field_type):
+        module.sparse = _SparseMatrices()
     _numerical.compute_irrep_embeddings_general = compute_irrep_embeddings_general
     # What is left of escnn's own routines stays off scikit-learn's SVD: it is seeded by nothing,
     # and from scikit-learn 1.9 on it refuses escnn's matrices.

@@ -220,13 +220,14 @@ READ_ONLY = """
 import importlib.util, os
 site = os.path.dirname(importlib.util.find_spec("escnn").origin)
 refused = []
-def guard(original):
-    def guarded(path, *args, **kwargs):
+class guard:  # no function: Python 3.10's pathlib would bind it as a method
+    def __init__(self, original):
+        self.original = original
+    def __call__(self, path, *args, **kwargs):
         if os.path.abspath(os.fspath(path)).startswith((site, "/nowhere")):
             refused.append(path)
             raise PermissionError(13, "read-only", path)
-        return original(path, *args, **kwargs)
-    return guarded
+        return self.original(path, *args, **kwargs)
 os.mkdir, os.makedirs = guard(os.mkdir), guard(os.makedirs)
 """
 USE_CACHE = """
