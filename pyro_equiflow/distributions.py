@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base distributions that a symmetry group leaves unchanged."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from escnn.nn import FieldType
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.events import act, channel_matmul, event_dim, on_grid
+from pyro_equiflow.ops.representations import IrrepDecomposition, validate_field_type
+
+__all__ = ["InvariantNormal", "OrbitMixture"]
+
+
+class InvariantNormal(TorchDistribution):
+    r"""A normal distribution that a symmetry group leaves unchanged, :math:`q(g \cdot x) = q(x)`.
+
+    .. math:: x = Q (\sigma \cdot \epsilon) + \mu, \qquad \epsilon \sim N(0, 1), \quad \rho(g) \mu = \mu,
+
+    at every position independently, with :math:`Q` the change of basis to irreps, one scale :math:`\sigma` an irrep
+    (in the order of ``field_type.irreps``) and the mean in the invariant subspace, given by its coordinates there
+    (one a trivial irrep). Learnable where ``loc`` and ``scale`` require gradients.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import InvariantNormal
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> base = InvariantNormal(enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr]))
+        >>> base.num_scales, base.num_locs, base.sample((3,)).shape
+        (2, 1, torch.Size([3, 3]))
+
+    :param field_type: how the group acts on the event.
+    :param spatial_shape: side lengths of the grid; empty without a base space.
+    :param loc: invariant coordinates of the mean, shape ``(*batch, num_locs)``; default 0.
+    :param scale: standard deviations, positive, shape ``(*batch, num_scales)``; default 1.
+    :raises ValueError: shapes that do not fit the field type, scales that are not positive.
+    """
+
+    has_rsample = True
+    arg_constraints = {"loc": constraints.real_vector, "scale": constraints.independent(constraints.positive, 1)}
+
+    def __init__(
+        self,
+        field_type: FieldType,
+        spatial_shape: tuple[int, ...] = (),
+        *,
+        loc: Tensor | None = None,
+        scale: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        validate_field_type(field_type)
+        spatial_shape = tuple(int(side) for side in spatial_shape)
+        if len(spatial_shape) != event_dim(field_type) - 1:
+            raise ValueError(
+                f"spatial_shape: expected {event_dim(field_type) - 1} side lengths for {field_type.gspace}, found "
+                f"{spatial_shape}"
+            )
+        decomposition = IrrepDecomposition(field_type)
+        self.field_type = field_type
+        self.spatial_shape = spatial_shape
+        self.num_scales = len(decomposition.blocks)
+        self.num_locs = len(decomposition.trivial)
+        given = next((t for t in (loc, scale) if t is not None), torch.zeros(()))
+        self.loc = given.new_zeros(self.num_locs) if loc is None else loc
+        self.scale = given.new_ones(self.num_scales) if scale is None else scale
+        for name, value, count in (("loc", self.loc, self.num_locs), ("scale", self.scale, self.num_scales)):
+            if value.shape[-1:] != (count,):
+                raise ValueError(f"{name}: expected shape (*batch, {count}), found {tuple(value.shape)}")
+        basis = decomposition.change_of_basis
+        self._constants = Constants(
+            basis=None if decomposition.is_identity else basis,
+            invariants=basis[:, decomposition.trivial],
+            channel_of=decomposition.block_of_channel,
+            sizes=decomposition.sizes.astype(float),
+        )
+        batch_shape = torch.broadcast_shapes(self.loc.shape[:-1], self.scale.shape[:-1])
+        super().__init__(batch_shape, torch.Size((field_type.size, *spatial_shape)), validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real events."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> InvariantNormal:
+        """The distribution with another batch shape; ``loc`` and ``scale`` stay connected."""
+        batch_shape = torch.Size(batch_shape)
+        return InvariantNormal(
+            self.field_type,
+            self.spatial_shape,
+            loc=self.loc.expand(*batch_shape, self.num_locs),
+            scale=self.scale.expand(*batch_shape, self.num_scales),
+            validate_args=False,
+        )
+
+    def _on_event(self, values: Tensor) -> Tensor:
+        return values[(...,) + len(self.spatial_shape) * (None,)]
+
+    def _mean(self) -> Tensor:
+        return self._on_event(self.loc @ self._constants.like(self.loc)["invariants"].T)
+
+    def _channel_scale(self) -> Tensor:
+        return self._on_event(self.scale.index_select(-1, self._constants.like(self.scale)["channel_of"]))
+
+    def _rotate(self, x: Tensor, back: bool = False) -> Tensor:
+        basis = self._constants.like(x)["basis"]
+        if basis is None:
+            return x
+        return channel_matmul(basis.T if back else basis, x, len(self.spatial_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws with gradients to ``loc`` and ``scale``: shape ``sample_shape + batch_shape + event_shape``."""
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        noise = torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device)
+        return self._rotate(noise * self._channel_scale()) + self._mean()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of the value's batch shape broadcast with the distribution's."""
+        if self._validate_args:
+            self._validate_sample(value)
+        standard = self._rotate(value - self._mean(), back=True) / self._channel_scale()
+        quadratic = standard.square().flatten(-len(self.event_shape)).sum(-1)
+        positions = math.prod(self.spatial_shape)
+        log_det = positions * (self.scale.log() @ self._constants.like(self.scale)["sizes"])
+        return -0.5 * quadratic - log_det - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, an invariant event: shape ``batch_shape + event_shape``."""
+        return self._mean().expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each channel, shape ``batch_shape + event_shape``."""
+        scale = self.scale.index_select(-1, self._constants.like(self.scale)["channel_of"])
+        basis = self._constants.like(scale)["basis"]
+        variance = scale.square() if basis is None else scale.square() @ basis.square().T
+        return self._on_event(variance).expand(self.batch_shape + self.event_shape)
+
+
+class OrbitMixture(TorchDistribution):
+    r"""The exact average of any density over a finite group: the baseline for equivariant flows.
+
+    .. math:: q(x) = \frac{1}{|G|} \sum_{g \in G} p(g^{-1} \cdot x)
+
+    is invariant whatever :math:`p` is (:math:`\rho` is orthogonal, so no Jacobian appears). A density costs
+    :math:`|G|` evaluations of the base; a draw costs one. Draws carry gradients to the base (``rsample``), given the
+    random group element.
+
+    Example::
+
+        >>> import torch, pyro.distributions as dist
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import OrbitMixture
+        >>> space = gspaces.no_base_space(group.dihedral_group(4))
+        >>> base = dist.Normal(torch.tensor([2.0, 0.5]), 0.3).to_event(1)
+        >>> mixture = OrbitMixture(base, enn.FieldType(space, [space.irrep(1, 1)]))
+        >>> x = mixture.sample()
+        >>> torch.allclose(mixture.log_prob(x), mixture.log_prob(x.flip(-1)), atol=1e-4)
+        True
+
+    :param base: a distribution of events ``(C, *spatial)``.
+    :param field_type: how a finite group acts on them; on grids by elements that permute the grid.
+    :raises ValueError: an infinite group, elements that do not permute the grid, or another event shape.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, base: Distribution, field_type: FieldType, *, validate_args: bool | None = None) -> None:
+        validate_field_type(field_type)
+        group = field_type.fibergroup
+        if group.order() < 1:
+            raise ValueError(
+                f"field_type: expected a finite group to average over, found {group}; take a finite subgroup"
+            )
+        elements = list(group.elements)
+        outside = sum(not on_grid(field_type, g) for g in elements)
+        if outside:
+            raise ValueError(
+                f"field_type: expected a group that permutes the grid, found {group} with {outside} elements that do "
+                "not; take the subgroup of quarter turns and flips"
+            )
+        if len(base.event_shape) != event_dim(field_type) or base.event_shape[0] != field_type.size:
+            raise ValueError(
+                f"base: expected events of shape ({field_type.size}, *spatial), found {tuple(base.event_shape)}"
+            )
+        self.base = base
+        self.field_type = field_type
+        self._elements = elements
+        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws carry gradients: the base's."""
+        return bool(self.base.has_rsample)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real events."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> OrbitMixture:
+        """The mixture over the expanded base."""
+        return OrbitMixture(self.base.expand(batch_shape), self.field_type, validate_args=False)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        which = torch.randint(len(self._elements), batch, device=x.device)
+        turned = x.clone()
+        for index in which.unique().tolist():
+            mask = which == index
+            turned[mask] = act(self.field_type, self._elements[index], x[mask])
+        return turned
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """A draw of the base, moved by a uniformly drawn group element."""
+        with torch.no_grad():
+            return self._turn(self.base.sample(torch.Size(sample_shape)))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """As :meth:`sample`, with gradients to the base."""
+        return self._turn(self.base.rsample(torch.Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The exact log-density, by one evaluation of the base on the whole orbit."""
+        if self._validate_args:
+            self._validate_sample(value)
+        orbit = torch.stack([act(self.field_type, ~g, value) for g in self._elements])
+        if value.dim() - len(self.event_shape) < len(self.batch_shape):
+            orbit = orbit.expand(len(self._elements), *self.batch_shape, *self.event_shape)
+        return torch.logsumexp(self.base.log_prob(orbit), 0) - math.log(len(self._elements))

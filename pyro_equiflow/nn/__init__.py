@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conditioners: escnn module trees, builders of them, and their expansion to plain-tensor functions."""
+
+from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.networks import hidden_layer, steerable_net
+from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
+
+__all__ = [
+    "Expanded",
+    "GatedNonLinearity",
+    "PointwiseNonLinearity",
+    "SteerableConv",
+    "SteerableLinear",
+    "SteerableModule",
+    "expand",
+    "hidden_layer",
+    "steerable_net",
+]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expand once, iterate many: a steerable module as a plain-tensor function and its expanded tensors.
+
+The only file of the package that knows escnn's ``GeometricTensor``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from escnn import nn as enn
+from torch import Tensor
+
+__all__ = ["Expanded", "SteerableModule", "expand"]
+
+
+class Expanded(NamedTuple):
+    """A module expanded: ``fn(x, *tensors)`` is the module's map on plain tensors ``(batch, C, *spatial)``.
+
+    ``fn`` holds no learnable state of its own, so it goes through ``torch.func`` and ``torch.compile``;
+    ``tensors`` keep the autograd graph back to the module's parameters.
+    """
+
+    fn: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The module's output at ``x``, by the tensors expanded earlier."""
+        return self.fn(x, *self.tensors)
+
+
+@functools.singledispatch
+def expand(module: enn.EquivariantModule) -> Expanded:
+    """Expands a steerable module's weights and gives its map on plain tensors.
+
+    Dispatches on the module's class; register a rule for a class of your own with
+    ``@expand.register(MyModule)``. A class without a rule runs as it is through ``GeometricTensor``, weights
+    expanded at every call, with no tensors to differentiate by ``torch.func``.
+
+    Example::
+
+        >>> from escnn import gspaces, nn as enn
+        >>> import torch
+        >>> from pyro_equiflow.nn import expand, steerable_net
+        >>> space = gspaces.no_base_space(gspaces.rot2dOnR2(4).fibergroup)
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1)])
+        >>> fn, tensors = expand(steerable_net(vectors, vectors))
+        >>> fn(torch.randn(5, 6), *tensors).shape
+        torch.Size([5, 6])
+
+    :param module: an escnn ``EquivariantModule``.
+    :return: :class:`Expanded`, a pair ``(fn, tensors)``.
+    """
+    in_type = module.in_type
+
+    def fn(x: Tensor) -> Tensor:
+        return module(enn.GeometricTensor(x, in_type)).tensor
+
+    return Expanded(fn, ())
+
+
+class SteerableModule(enn.EquivariantModule):
+    """An escnn module defined by its expansion: subclasses say :meth:`expanded`, this class the rest."""
+
+    def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType) -> None:
+        super().__init__()
+        self.in_type = in_type
+        self.out_type = out_type
+
+    def expanded(self) -> Expanded:
+        """The map on plain tensors, weights expanded from the present parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: enn.GeometricTensor) -> enn.GeometricTensor:
+        """Applies the module to a ``GeometricTensor`` of type ``in_type``."""
+        if x.type != self.in_type:
+            raise ValueError(f"expected a GeometricTensor of type {self.in_type}, found {x.type}")
+        return enn.GeometricTensor(self.expanded()(x.tensor), self.out_type)
+
+    def evaluate_output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The output's shape: the input's with ``out_type.size`` channels."""
+        return (input_shape[0], self.out_type.size, *input_shape[2:])
+
+
+@expand.register
+def _(module: SteerableModule) -> Expanded:
+    return module.expanded()
+
+
+@expand.register
+def _(module: enn.SequentialModule) -> Expanded:
+    parts = [expand(child) for child in module.children()]
+    functions = [(part.fn, len(part.tensors)) for part in parts]
+
+    def fn(x: Tensor, *tensors: Tensor) -> Tensor:
+        start = 0
+        for function, count in functions:
+            x = function(x, *tensors[start : start + count])
+            start += count
+        return x
+
+    return Expanded(fn, tuple(t for part in parts for t in part.tensors))
+
+
+@expand.register
+def _(module: enn.IdentityModule) -> Expanded:
+    return Expanded(lambda x: x, ())
+
+
+@expand.register
+def _(module: enn.Linear) -> Expanded:
+    matrix, bias = module.expand_parameters()
+    return Expanded(F.linear, (matrix,) if bias is None else (matrix, bias))
+
+
+def _expand_conv(module: Any, convolve: Callable[..., Tensor]) -> Expanded:
+    weight, bias = module.expand_parameters()
+    dimensions = module.d
+    mode = module.padding_mode
+    options = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+    if mode == "zeros":
+        options["padding"] = module.padding
+    pads = module._reversed_padding_repeated_twice
+
+    def fn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if mode != "zeros" and any(pads):
+            x = F.pad(x, pads[: 2 * dimensions], mode=mode)
+        return convolve(x, weight, bias, **options)
+
+    return Expanded(fn, (weight,) if bias is None else (weight, bias))
+
+
+@expand.register
+def _(module: enn.R2Conv) -> Expanded:
+    return _expand_conv(module, F.conv2d)
+
+
+@expand.register
+def _(module: enn.R3Conv) -> Expanded:
+    return _expand_conv(module, F.conv3d)
+
+
+def _pointwise(function: Callable[[Tensor], Tensor], kind: type) -> None:
+    @expand.register(kind)
+    def _(module: enn.EquivariantModule) -> Expanded:
+        return Expanded(function, ())
+
+
+_pointwise(F.relu, enn.ReLU)
+
+
+@expand.register
+def _(module: enn.ELU) -> Expanded:
+    alpha = module.alpha
+    return Expanded(lambda x: F.elu(x, alpha), ())

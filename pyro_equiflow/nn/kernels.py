@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases of steerable kernels on grids, in float64, exact under the elements that permute the grid."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from escnn.group import Representation
+from escnn.gspaces import GSpace
+from escnn.kernels import EmptyBasisException
+from escnn.nn import FieldType
+from escnn.nn.modules.conv import r2convolution, r3convolution
+from escnn.nn.modules.conv.rd_convolution import get_grid_coords
+
+from pyro_equiflow.ops.events import _signed_permutation, grid_elements
+
+__all__ = ["kernel_basis"]
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_rep: Representation) -> np.ndarray:
+    """An orthonormal basis of the steerable kernels between two representations on a grid.
+
+    escnn's band-limited basis is sampled in float64, averaged over the elements that permute the grid (this
+    takes its sampling error, near 5e-7, to rounding) and orthonormalised in a canonical way, so that it does not
+    depend on signs and rotations that a numerical solver happened to choose.
+
+    :return: shape ``(number, out_rep.size, in_rep.size, *kernel)``, float64; ``number`` may be 0.
+    """
+    dimensions = gspace.dimensionality
+    parameters = (r2convolution if dimensions == 2 else r3convolution).compute_basis_params
+    keep, rings, sigma, maximum_frequency = parameters(kernel_size)
+    shape = (out_rep.size, in_rep.size, *dimensions * (kernel_size,))
+    try:
+        basis = gspace.build_kernel_basis(
+            in_rep, out_rep, rings=rings, sigma=sigma, maximum_frequency=maximum_frequency
+        )
+    except EmptyBasisException:
+        return np.zeros((0, *shape))
+    mask = np.array([keep(attributes) for attributes in basis])
+    points = torch.tensor(get_grid_coords(dimensions, kernel_size))
+    # escnn shares basis modules between layers: each goes back to its float32, which loses nothing.
+    try:
+        with torch.no_grad():
+            sampled = basis.double().sample(points).numpy()  # (points, number, out, in)
+    finally:
+        basis.float()
+    sampled = np.moveaxis(sampled[:, mask], 0, -1).reshape(-1, *shape)
+    averaged = _average(gspace, in_rep, out_rep, sampled)
+    result = _canonical_basis(averaged.reshape(len(averaged), -1)).reshape(-1, *shape)
+    result.setflags(write=False)
+    return result
+
+
+def _average(gspace: GSpace, in_rep: Representation, out_rep: Representation, kernels: np.ndarray) -> np.ndarray:
+    """The mean over grid-permuting ``g`` of ``rho_out(g) k(g^-1 p) rho_in(g)^T``."""
+    field_type = FieldType(gspace, [in_rep])
+    elements = grid_elements(field_type)
+    total = np.zeros_like(kernels)
+    for g in elements:
+        axes, signs = _signed_permutation(field_type, g)
+        moved = np.transpose(kernels, (0, 1, 2, *(3 + a for a in axes)))
+        moved = np.flip(moved, tuple(3 + i for i, sign in enumerate(signs) if sign < 0))
+        total += np.einsum("ab,nbc...,dc->nad...", out_rep(g), moved, in_rep(g), optimize=True)
+    return total / len(elements)
+
+
+def _canonical_basis(vectors: np.ndarray, tolerance: float = 1e-7) -> np.ndarray:
+    """Orthonormal rows that depend on the span of ``vectors`` only: pivoted Gram-Schmidt on its projector."""
+    if not len(vectors):
+        return vectors
+    _, singular, rows = np.linalg.svd(vectors, full_matrices=False)
+    rows = rows[singular > tolerance * max(singular[0], 1.0)]
+    chosen = np.empty_like(rows)
+    remaining = np.einsum("ij,ij->j", rows, rows)  # the diagonal of the projector rows^T rows, deflated as we go
+    for k in range(len(rows)):
+        # The first of the (nearly) largest: a tie broken by rounding would differ between machines.
+        pivot = int(np.argmax(remaining > remaining.max() * (1 - 1e-6)))
+        vector = rows[:, pivot] @ rows - chosen[:k, pivot] @ chosen[:k]
+        chosen[k] = vector / np.linalg.norm(vector)
+        remaining -= chosen[k] ** 2
+    return chosen

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builders of conditioners: steerable perceptrons on points, steerable CNNs on 2-D and 3-D grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from escnn import nn as enn
+from escnn.group import IrreducibleRepresentation
+
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
+from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
+
+__all__ = ["hidden_layer", "steerable_net"]
+
+
+def steerable_net(
+    in_type: enn.FieldType,
+    out_type: enn.FieldType,
+    *,
+    hidden_dims: Sequence[int] = (64, 64),
+    nonlinearity: str | None = None,
+    function: str = "silu",
+    kernel_size: int = 3,
+    padding_mode: str = "zeros",
+    zero_init: bool = False,
+) -> enn.SequentialModule:
+    r"""An equivariant network from ``in_type`` to ``out_type``: a conditioner ready for every transform.
+
+    Without a base space a perceptron of :class:`SteerableLinear`; on grids a CNN of :class:`SteerableConv`.
+    Hidden fields are regular ones with a pointwise function for finite groups, scalars and irreps with
+    :class:`GatedNonLinearity` for continuous ones.
+
+    Example::
+
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import steerable_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 5 * [space.irrep(1, 1)])
+        >>> net = steerable_net(vectors, vectors, hidden_dims=(32, 32))
+
+    :param in_type: input field type.
+    :param out_type: output field type, over the same gspace.
+    :param hidden_dims: channels of each hidden layer; rounded up to whole fields.
+    :param nonlinearity: ``"pointwise"`` (finite groups), ``"gated"``, or ``None`` to choose as above.
+    :param function: the pointwise function, see :class:`PointwiseNonLinearity`.
+    :param kernel_size: points a side of the kernels (odd); grids only.
+    :param padding_mode: ``"zeros"`` or ``"circular"``; grids only.
+    :param zero_init: whether the last layer starts at zero, so that the transform starts as the identity.
+    :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity.
+    """
+    validate_field_type(in_type, "in_type")
+    validate_field_type(out_type, "out_type")
+    if in_type.gspace != out_type.gspace:
+        raise ValueError(f"expected types over one gspace, found {in_type.gspace} and {out_type.gspace}")
+    if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
+        raise ValueError(f"hidden_dims: expected positive integers, found {tuple(hidden_dims)}")
+
+    def linear(a: enn.FieldType, b: enn.FieldType) -> SteerableLinear | SteerableConv:
+        if in_type.gspace.dimensionality == 0:
+            return SteerableLinear(a, b)
+        return SteerableConv(a, b, kernel_size, padding_mode=padding_mode)
+
+    modules: list[enn.EquivariantModule] = []
+    present = in_type
+    for width in hidden_dims:
+        hidden = hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function)
+        modules += [linear(present, hidden.in_type), hidden]
+        present = hidden.out_type
+    last = linear(present, out_type)
+    if zero_init:
+        torch.nn.init.zeros_(last.weight)
+    return enn.SequentialModule(*modules, last)
+
+
+def hidden_layer(
+    in_type: enn.FieldType,
+    out_type: enn.FieldType,
+    width: int,
+    *,
+    nonlinearity: str | None = None,
+    function: str = "silu",
+) -> PointwiseNonLinearity | GatedNonLinearity:
+    """The nonlinearity of about ``width`` channels that suits a network between two types.
+
+    :param width: channels aimed at; rounded up to whole fields.
+    :param nonlinearity: ``"pointwise"``, ``"gated"`` or ``None`` for the group's default.
+    :raises ValueError: pointwise functions asked for under a continuous group that moves the fields.
+    """
+    gspace = in_type.gspace
+    finite = gspace.fibergroup.order() > 0
+    fields = (*in_type.representations, *out_type.representations)
+    invariant = all(gspace.fibergroup.irrep(*i).is_trivial() for r in set(fields) for i in r.irreps)
+    if nonlinearity is None:
+        nonlinearity = "pointwise" if finite or invariant else "gated"
+    if nonlinearity == "pointwise":
+        if invariant:
+            representation = gspace.trivial_repr
+        elif finite:
+            representation = gspace.regular_repr
+        else:
+            raise ValueError(f'nonlinearity: expected "gated" for the continuous group {gspace.fibergroup}')
+        if not is_permutation(representation):
+            raise ValueError(f"expected a permutation representation, found {representation}")
+        count = max(1, -(-width // representation.size))
+        return PointwiseNonLinearity(enn.FieldType(gspace, count * [representation]), function)
+    if nonlinearity == "gated":
+        if invariant:
+            raise ValueError('nonlinearity: expected "pointwise" where every field is invariant, found "gated"')
+        irreps = _moving_irreps(in_type, out_type)
+        share = sum(2 + irrep.size for irrep in irreps)
+        copies = max(1, width // share)
+        scalars = max(copies, width - copies * sum(1 + irrep.size for irrep in irreps))
+        return GatedNonLinearity(gspace, scalars, [irrep for irrep in irreps for _ in range(copies)])
+    raise ValueError(f'nonlinearity: expected "pointwise", "gated" or None, found {nonlinearity!r}')
+
+
+def _moving_irreps(*types: enn.FieldType) -> list[IrreducibleRepresentation]:
+    """The non-trivial irreps of some types, each once, in the order of their ids."""
+    found = {i.id: i for t in types for i, _ in IrrepDecomposition(t).isotypic() if not i.is_trivial()}
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Constant arrays, exact in float64, given in whatever dtype and device a tensor has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Constants"]
+
+
+class Constants:
+    """Named arrays as tensors like another tensor: floating ones in its dtype, integer ones as indices.
+
+    They stay out of modules' parameters, buffers and ``state_dict``; each owner has its own, and a cast never
+    starts from a rounded copy.
+
+    :param arrays: float or integer arrays; ``None`` stays ``None``.
+    """
+
+    def __init__(self, **arrays: np.ndarray | None) -> None:
+        self._arrays = arrays
+        self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Any]] = {}
+
+    def like(self, x: Tensor) -> dict[str, Any]:
+        """The constants in the dtype and on the device of ``x``."""
+        key = (x.dtype, x.device)
+        if key not in self._cast:
+            self._cast[key] = {
+                name: None if array is None else self._tensor(array, x) for name, array in self._arrays.items()
+            }
+        return self._cast[key]
+
+    @staticmethod
+    def _tensor(array: np.ndarray, x: Tensor) -> Tensor:
+        dtype = x.dtype if np.issubdtype(array.dtype, np.floating) else torch.long
+        # A copy: an inference-mode or shared-memory tensor must not become the constant.
+        with torch.inference_mode(False):
+            return torch.tensor(array, dtype=dtype, device=x.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_arrays": self._arrays, "_cast": {}}

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Events ``(*batch, C, *spatial)``: checks of shape and dtype, and the group's action on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, Group, GroupElement
+from escnn.nn import FieldType
+from torch import Tensor
+
+__all__ = ["act", "channel_matmul", "check_event", "event_dim", "flatten_batch", "grid_elements", "on_grid"]
+
+
+def event_dim(field_type: FieldType) -> int:
+    """Number of dimensions of one event: the channels and the base space's."""
+    return 1 + int(field_type.gspace.dimensionality)
+
+
+def check_event(
+    x: Tensor, field_type: FieldType, owner: str, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> None:
+    """Raises unless ``x`` is a floating-point tensor of shape ``(*batch, C, *spatial)``.
+
+    :raises TypeError: not a tensor, or not of the floating dtype or device of the parameters.
+    :raises ValueError: too few dimensions, wrong number of channels, or a grid that the group does not
+        map to itself.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: expected a torch.Tensor, found {type(x).__name__}")
+    dimensions = event_dim(field_type)
+    if x.dim() < dimensions or x.shape[-dimensions] != field_type.size:
+        spatial = "".join(f", spatial_{i}" for i in range(1, dimensions))
+        raise ValueError(
+            f"{owner}: expected an input of shape (*batch, {field_type.size}{spatial}) for the field type "
+            f"{field_type}, found {tuple(x.shape)}; reshape the input or change field_type"
+        )
+    if dimensions > 2:
+        _check_grid(x.shape[1 - dimensions :], field_type, owner)
+    if not x.is_floating_point():
+        raise TypeError(f"{owner}: expected a floating-point input, found {x.dtype}; convert it with .to()")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(
+            f"{owner}: expected the parameters' dtype {dtype}, found an input of {x.dtype}; convert the "
+            "input with .to(), or the transform with .float() or .double()"
+        )
+    if device is not None and x.device != device:
+        raise TypeError(
+            f"{owner}: expected the parameters' device {device}, found an input on {x.device}; move one of "
+            "them with .to()"
+        )
+
+
+def _check_grid(spatial: torch.Size, field_type: FieldType, owner: str) -> None:
+    if len(set(spatial)) == 1:
+        return
+    for element in grid_elements(field_type):
+        axes, _ = _signed_permutation(field_type, element)
+        if tuple(spatial[a] for a in axes) != tuple(spatial):
+            raise ValueError(
+                f"{owner}: expected a grid that {field_type.gspace} maps to itself, found {tuple(spatial)}; "
+                "use equal side lengths, or a group without 90-degree rotations"
+            )
+
+
+def flatten_batch(x: Tensor, dimensions: int) -> tuple[Tensor, torch.Size]:
+    """``x`` with all batch dimensions made one, and the batch shape to restore it."""
+    batch = x.shape[: x.dim() - dimensions]
+    return x.reshape(-1, *x.shape[x.dim() - dimensions :]), batch
+
+
+def channel_matmul(matrix: Tensor, x: Tensor, spatial_dims: int) -> Tensor:
+    """Applies ``matrix`` to the channels of ``(*batch, C, *spatial)`` at every position."""
+    if spatial_dims == 0:
+        return torch.nn.functional.linear(x, matrix)
+    spatial = x.shape[x.dim() - spatial_dims :]
+    return (matrix @ x.flatten(-spatial_dims)).unflatten(-1, spatial)
+
+
+def _space_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
+    """The action of ``element`` on array axes: escnn's points are (x, y, z), its arrays (-z, -y, x)."""
+    matrix = np.asarray(field_type.gspace.basespace_action(element))[::-1, ::-1].copy()
+    matrix[:-1, :] *= -1
+    matrix[:, :-1] *= -1
+    return matrix
+
+
+def _signed_permutation(field_type: FieldType, element: GroupElement) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each output axis: the input axis it is read from, and the sign of the reading direction."""
+    matrix = np.round(_space_matrix(field_type, element)).astype(int)
+    axes = np.abs(matrix).argmax(axis=1)
+    signs = matrix[np.arange(len(axes)), axes]
+    return tuple(int(a) for a in axes), tuple(int(s) for s in signs)
+
+
+def on_grid(field_type: FieldType, element: GroupElement) -> bool:
+    """Whether ``element`` permutes the points of a grid (always true where there is no base space)."""
+    if field_type.gspace.dimensionality == 0:
+        return True
+    matrix = _space_matrix(field_type, element)
+    return bool(np.abs(matrix - np.round(matrix)).max() < 1e-9)
+
+
+def grid_elements(field_type: FieldType) -> list[GroupElement]:
+    """The elements that permute the grid, the subgroup under which discretised maps are exact.
+
+    Without a base space: escnn's testing elements.
+    """
+    group = field_type.fibergroup
+    if field_type.gspace.dimensionality == 0:
+        return list(group.testing_elements())
+    elements = group.elements if group.order() > 0 else _grid_subgroup(field_type)
+    return [g for g in elements if on_grid(field_type, g)]
+
+
+def _grid_subgroup(field_type: FieldType) -> list[GroupElement]:
+    """The grid-permuting elements of a continuous group: closure of those among its finite subgroups."""
+    group = field_type.fibergroup
+    found: list[GroupElement] = []
+    pending = [g for g in _quarter_turns(group) if on_grid(field_type, g)]
+    while pending:
+        g = pending.pop()
+        if not any(g == h for h in found):
+            found.append(g)
+            pending += [g @ h for h in list(found)] + [h @ g for h in list(found)]
+    return found
+
+
+def _quarter_turns(group: Group) -> list[GroupElement]:
+    """Quarter turns and reflections about coordinate axes, for every continuous group escnn has."""
+    half, quarter = np.sqrt(0.5), np.pi / 2
+    rotations = [np.array([half * (i == 0), half * (i == 1), half * (i == 2), half]) for i in range(3)]
+    if isinstance(group, SO2):
+        return [group.element(quarter, "radians")]
+    if isinstance(group, O2):
+        return [group.element((0, quarter), "radians"), group.element((1, 0.0), "radians")]
+    if isinstance(group, SO3):
+        return [group.element(q, "Q") for q in rotations]
+    if isinstance(group, O3):
+        identity = np.array([0.0, 0.0, 0.0, 1.0])
+        return [group.element((0, q), "Q") for q in rotations] + [group.element((1, identity), "Q")]
+    if isinstance(group, DirectProductGroup):
+        first = [group.inclusion1(g) for g in _quarter_turns(group.G1)]
+        return first + [group.inclusion2(g) for g in _quarter_turns(group.G2)]
+    if group.order() > 0:
+        return list(group.elements)
+    raise ValueError(f"expected one of escnn's groups, found {group}")
+
+
+def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
+    r"""The group's action :math:`(g \cdot x)(p) = \rho(g)\, x(g^{-1} p)` on events, in the dtype of ``x``.
+
+    :param element: an element of ``field_type.fibergroup`` that permutes the grid, if there is one.
+    :param x: shape ``(*batch, C, *spatial)``.
+    :raises ValueError: ``element`` does not permute the grid: interpolation would hide errors.
+    """
+    spatial_dims = event_dim(field_type) - 1
+    if not on_grid(field_type, element):
+        raise ValueError(f"expected an element that permutes the grid, found {element}")
+    blocks = [np.asarray(rep(element)) for rep in field_type.representations]
+    matrix = torch.block_diag(*[torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in blocks])
+    if spatial_dims:
+        axes, signs = _signed_permutation(field_type, element)
+        batch = x.dim() - spatial_dims
+        # Point p of the result is read at g^-1 p. A flip about the grid's centre keeps odd and even grids.
+        x = x.permute(*range(batch), *(batch + a for a in axes))
+        x = x.flip([batch + i for i, sign in enumerate(signs) if sign < 0])
+    return channel_matmul(matrix, x, spatial_dims)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of symmetry, inverses and log-dets, for transforms and distributions of ours or a user's.
+
+Each ``…_error`` gives a number, each ``assert_…`` raises ``AssertionError`` with that number, the tolerance and the
+element where it is largest. Tolerances by default are those the package holds itself to, :data:`TOLERANCES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from escnn.group import GroupElement
+from escnn.nn import FieldType
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_equiflow.ops.events import act, event_dim, grid_elements
+
+__all__ = [
+    "TOLERANCES",
+    "assert_equivariant",
+    "assert_invariant",
+    "assert_inverse",
+    "assert_log_det",
+    "equivariance_error",
+    "invariance_error",
+    "inverse_error",
+    "log_det_error",
+]
+
+#: Largest error by property and dtype; ``"equivariance"`` on grids in float64 allows for escnn's sampling.
+TOLERANCES: dict[tuple[str, torch.dtype], float] = {
+    ("equivariance", torch.float32): 1e-5,
+    ("equivariance", torch.float64): 1e-12,
+    ("equivariance on grids", torch.float32): 1e-5,
+    ("equivariance on grids", torch.float64): 1e-9,
+    ("inverse", torch.float32): 1e-5,
+    ("inverse", torch.float64): 1e-11,
+    ("log_det", torch.float32): 1e-4,
+    ("log_det", torch.float64): 1e-10,
+}
+
+
+def _field_type(thing: Any, field_type: FieldType | None) -> FieldType:
+    found = field_type if field_type is not None else getattr(thing, "field_type", None)
+    if found is None:
+        raise ValueError(f"field_type: expected one for {type(thing).__name__}, which does not carry its own")
+    return found
+
+
+def _elements(field_type: FieldType, elements: Iterable[GroupElement] | None) -> list[GroupElement]:
+    return grid_elements(field_type) if elements is None else list(elements)
+
+
+def _relative(difference: Tensor, reference: Tensor, dimensions: int) -> float:
+    norm = torch.linalg.vector_norm
+    axes = tuple(range(-dimensions, 0))
+    return float((norm(difference, dim=axes) / norm(reference, dim=axes).clamp_min(1e-30)).max())
+
+
+@torch.no_grad()
+def _worst_equivariance(
+    function: Callable[[Tensor], Tensor], x: Tensor, in_type: FieldType, out_type: FieldType, elements: Any
+) -> tuple[float, GroupElement | None]:
+    worst: tuple[float, GroupElement | None] = (0.0, None)
+    image = function(x)
+    for g in _elements(in_type, elements):
+        expected = act(out_type, g, image)
+        found = function(act(in_type, g, x))
+        error = _relative(found - expected, expected, event_dim(out_type))
+        if not error <= worst[0]:
+            worst = (error, g)
+    return worst
+
+
+def equivariance_error(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    field_type: FieldType | None = None,
+    *,
+    out_type: FieldType | None = None,
+    elements: Iterable[GroupElement] | None = None,
+) -> float:
+    r"""The largest :math:`|f(g \cdot x) - g \cdot f(x)| / |f(x)|` over samples and group elements.
+
+    :param function: a transform, or any map of events.
+    :param x: events ``(*batch, C, *spatial)``.
+    :param field_type: how the group acts on ``x``; default the function's own.
+    :param out_type: how it acts on the image; default as on ``x``.
+    :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
+    """
+    in_type = _field_type(function, field_type)
+    return _worst_equivariance(function, x, in_type, out_type or in_type, elements)[0]
+
+
+@torch.no_grad()
+def _worst_invariance(
+    log_prob: Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
+) -> tuple[float, GroupElement | None]:
+    worst: tuple[float, GroupElement | None] = (0.0, None)
+    reference = log_prob(x)
+    for g in _elements(field_type, elements):
+        error = float((log_prob(act(field_type, g, x)) - reference).abs().max())
+        if not error <= worst[0]:
+            worst = (error, g)
+    return worst
+
+
+def _log_prob(thing: Distribution | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return thing.log_prob if isinstance(thing, Distribution) else thing
+
+
+def invariance_error(
+    distribution: Distribution | Callable[[Tensor], Tensor],
+    x: Tensor,
+    field_type: FieldType | None = None,
+    *,
+    elements: Iterable[GroupElement] | None = None,
+) -> float:
+    r"""The largest :math:`|\log q(g \cdot x) - \log q(x)|`, in nats, over samples and group elements.
+
+    :param distribution: a distribution, or a function that gives a log-density.
+    :param x: events ``(*batch, C, *spatial)``.
+    :param field_type: how the group acts on ``x``; default the distribution's own.
+    :param elements: group elements; default as in :func:`equivariance_error`.
+    """
+    return _worst_invariance(_log_prob(distribution), x, _field_type(distribution, field_type), elements)[0]
+
+
+@torch.no_grad()
+def inverse_error(transform: Any, x: Tensor) -> float:
+    """The largest relative error of ``transform.inv(transform(x))`` and of the other order, caches not used.
+
+    :param transform: any ``torch.distributions.Transform``.
+    :param x: events ``(*batch, C, *spatial)``.
+    """
+    dimensions = transform.domain.event_dim
+    # Copies: a transform's cache would answer with the very tensor that it was given.
+    there = transform.inv(transform(x).clone())
+    back = transform(transform.inv(x.clone()).clone())
+    return max(_relative(there - x, x, dimensions), _relative(back - x, x, dimensions))
+
+
+def log_det_error(transform: Any, x: Tensor) -> float:
+    r"""The largest error of ``log_abs_det_jacobian`` against the dense autograd Jacobian's ``slogdet``.
+
+    Relative to :math:`\max(1, |\log\det|)`. Both directions are checked.
+
+    :param transform: any ``torch.distributions.Transform``.
+    :param x: events ``(*batch, C, *spatial)``; small ones, the Jacobian is dense.
+    """
+    dimensions = transform.domain.event_dim
+    flat = x.detach().reshape(-1, *x.shape[x.dim() - dimensions :])
+    size = flat[0].numel()
+    worst = 0.0
+    for event in flat:
+        for direction in (transform, transform.inv):
+            event = event.clone()
+            jacobian = torch.autograd.functional.jacobian(lambda e, t=direction: t(e.clone()), event)
+            expected = torch.linalg.slogdet(jacobian.reshape(size, size))[1]
+            with torch.no_grad():
+                found = direction.log_abs_det_jacobian(event, direction(event).clone())
+            worst = max(worst, float((found - expected).abs() / expected.abs().clamp_min(1.0)))
+    return worst
+
+
+def _tolerance(
+    property_name: str, dtype: torch.dtype, tolerance: float | None, field_type: FieldType | None = None
+) -> float:
+    if tolerance is not None:
+        return tolerance
+    if property_name == "equivariance" and field_type is not None and field_type.gspace.dimensionality:
+        property_name = "equivariance on grids"
+    return TOLERANCES[property_name, dtype]
+
+
+def _require(name: str, error: float, tolerance: float, where: object = None) -> None:
+    if not error <= tolerance:
+        at = "" if where is None else f" at the group element {where}"
+        raise AssertionError(f"{name} error {error:.3e} is above the tolerance {tolerance:.1e}{at}")
+
+
+def assert_equivariant(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    field_type: FieldType | None = None,
+    *,
+    out_type: FieldType | None = None,
+    elements: Iterable[GroupElement] | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Raises ``AssertionError`` where :func:`equivariance_error` is above the tolerance."""
+    in_type = _field_type(function, field_type)
+    error, where = _worst_equivariance(function, x, in_type, out_type or in_type, elements)
+    _require("equivariance", error, _tolerance("equivariance", x.dtype, tolerance, in_type), where)
+
+
+def assert_invariant(
+    distribution: Distribution | Callable[[Tensor], Tensor],
+    x: Tensor,
+    field_type: FieldType | None = None,
+    *,
+    elements: Iterable[GroupElement] | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Raises ``AssertionError`` where :func:`invariance_error` is above the tolerance.
+
+    By default the tolerance is that of equivariance times the size of the log-density (at least 1).
+    """
+    found_type = _field_type(distribution, field_type)
+    log_prob = _log_prob(distribution)
+    error, where = _worst_invariance(log_prob, x, found_type, elements)
+    if tolerance is None:
+        with torch.no_grad():
+            size = max(1.0, float(log_prob(x).abs().max()))
+        tolerance = size * _tolerance("equivariance", x.dtype, None, found_type)
+    _require("invariance", error, tolerance, where)
+
+
+def assert_inverse(transform: Any, x: Tensor, *, tolerance: float | None = None) -> None:
+    """Raises ``AssertionError`` where :func:`inverse_error` is above the tolerance."""
+    _require("inverse", inverse_error(transform, x), _tolerance("inverse", x.dtype, tolerance))
+
+
+def assert_log_det(transform: Any, x: Tensor, *, tolerance: float | None = None) -> None:
+    """Raises ``AssertionError`` where :func:`log_det_error` is above the tolerance."""
+    _require("log-det", log_det_error(transform, x), _tolerance("log_det", x.dtype, tolerance))

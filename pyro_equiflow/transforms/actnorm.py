@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equivariant actnorm: scale and shift set by the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from escnn import nn as enn
+from torch import Tensor
+
+from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.events import channel_matmul
+from pyro_equiflow.ops.representations import IrrepDecomposition
+from pyro_equiflow.transforms.base import EquivariantTransform
+
+__all__ = ["EquivariantActNorm", "equivariant_actnorm"]
+
+
+_MIN_ROWS = 16  # fewer say too little of a scale
+
+
+class EquivariantActNorm(EquivariantTransform):
+    r"""A scale for each irrep and a shift in the invariant subspace, the same at every position.
+
+    .. math:: y = Q\, e^{s}\, Q^T (x - b), \qquad \rho(g)\, b = b,
+
+    with :math:`Q` the change of basis to irreps and one :math:`s` an irrep. In training mode the first batch of at
+    least 16 rows (samples times positions), in whichever direction it comes, sets both: invariant coordinates leave
+    with mean 0, every irrep with mean square 1 a channel. Before that, or with ``data_init=False``, it is the
+    identity.
+
+    Log-det exact, inverse closed.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, nn as enn
+        >>> from pyro_equiflow import equivariant_actnorm
+        >>> space = gspaces.rot2dOnR2(4)
+        >>> transform = equivariant_actnorm(enn.FieldType(space, 2 * [space.regular_repr]))
+        >>> y = transform(3.0 + torch.randn(16, 8, 6, 6))
+        >>> bool(y.mean().abs() < 1e-4)
+        True
+
+    :param field_type: how the group acts on the event.
+    :param data_init: whether the first batch sets the parameters.
+    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+
+    Reference: Kingma and Dhariwal, *Glow* (arXiv 1807.03039), section 3.1, which scales each channel.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, field_type: enn.FieldType, *, data_init: bool = True, cache_size: int = 1) -> None:
+        super().__init__(field_type, cache_size=cache_size)
+        decomposition = IrrepDecomposition(field_type)
+        sizes = decomposition.sizes
+        basis = decomposition.change_of_basis
+        channels = decomposition.block_of_channel
+        self._constants = Constants(
+            basis=basis,
+            basis_or_none=None if decomposition.is_identity else basis,
+            invariants=basis[:, decomposition.trivial],
+            channel_of=channels,
+            sizes=sizes.astype(float),
+            trivial_scales=np.array([i for i, b in enumerate(decomposition.blocks) if b.irrep.is_trivial()], int),
+            # Averages squares over the channels of each irrep.
+            pool=(channels == np.arange(len(sizes))[:, None]) / sizes[:, None],
+        )
+        self._spatial_dims = self.event_dim - 1
+        self.log_scale = torch.nn.Parameter(torch.zeros(len(sizes), dtype=torch.float32))
+        self.loc = torch.nn.Parameter(torch.zeros(len(decomposition.trivial), dtype=torch.float32))
+        self.register_buffer("initialized", torch.tensor(not data_init))
+        self._pending = data_init
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pending = not bool(self.initialized)
+
+    @torch.no_grad()
+    def _initialize(self, data: Tensor, inverse: bool) -> None:
+        """Sets the parameters so that ``data``, run through the map in one direction, comes out normalised."""
+        constants = self._constants.like(self.log_scale)
+        rows = data.movedim(-1 - self._spatial_dims, -1).reshape(-1, self.field_type.size)
+        loc = (rows @ constants["invariants"]).mean(0)
+        if len(rows) < _MIN_ROWS:
+            return
+        centred = (rows - loc @ constants["invariants"].T) @ constants["basis"]
+        scale = (centred.square().mean(0) @ constants["pool"].T).sqrt()
+        # A field that does not vary (a border of zeros, say) has no scale to correct.
+        log_scale = torch.where(scale > 1e-6, scale, 1.0).log()
+        # y = e^s (x - b). Backwards x = e^-s y + b, which has mean 0 where b = -e^-s times the mean of y.
+        self.log_scale.copy_(log_scale if inverse else -log_scale)
+        trivial = log_scale.index_select(0, constants["trivial_scales"])
+        self.loc.copy_(-loc * (-trivial).exp() if inverse else loc)
+        self.initialized.fill_(True)
+        self._pending = False
+
+    @staticmethod
+    def _per_channel(values: Tensor, constants: dict[str, Tensor]) -> Tensor:
+        return values.index_select(0, constants["channel_of"])
+
+    def _affine(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self._pending and self.training and x.numel():
+            self._initialize(x, inverse)
+        constants = self._constants.like(self.log_scale)
+        spatial = (...,) + self._spatial_dims * (None,)
+        sign = -1.0 if inverse else 1.0
+        scale = self._per_channel(sign * self.log_scale, constants).exp()
+        shift = (constants["invariants"] @ self.loc)[spatial]
+        x = x if inverse else x - shift
+        basis = constants["basis_or_none"]
+        if basis is None:
+            x = x * scale[spatial]
+        else:
+            x = channel_matmul((basis * scale) @ basis.T, x, self._spatial_dims)
+        x = x + shift if inverse else x
+        positions = x.shape[x.dim() - self._spatial_dims :].numel()
+        ladj = sign * positions * (constants["sizes"] @ self.log_scale)
+        return x, ladj.expand(x.shape[: x.dim() - self.event_dim])
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._affine(x, inverse=False)
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._affine(y, inverse=True)
+
+
+def equivariant_actnorm(field_type: enn.FieldType, *, data_init: bool = True) -> EquivariantActNorm:
+    """An :class:`EquivariantActNorm`.
+
+    :param field_type: how the group acts on the event.
+    :param data_init: whether the first batch sets the parameters.
+    """
+    return EquivariantActNorm(field_type, data_init=data_init)

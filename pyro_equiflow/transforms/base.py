@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The common class of all transforms: shapes, checks, the cache, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from escnn.nn import FieldType
+from pyro.distributions import ConditionalTransformModule, TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from pyro_equiflow.ops.events import check_event, event_dim
+from pyro_equiflow.ops.representations import validate_field_type
+
+__all__ = ["Compose", "ConditionalEquivariantTransform", "EquivariantTransform", "Inverse"]
+
+# Fused optimizers change parameters without a trace in Tensor._version, so steps are counted as well.
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+class _Entry(NamedTuple):
+    """One pass: its tensors, the forward log-det, which of the two was the product, and by what weights."""
+
+    x: Tensor
+    y: Tensor
+    ladj: Tensor
+    product: Tensor
+    grad_enabled: bool
+    steps: int
+    versions: tuple[tuple[Tensor, int], ...]
+
+
+class EquivariantTransform(TransformModule):
+    r"""A bijection of events that commutes with a symmetry group, :math:`T(g \cdot x) = g \cdot T(x)`.
+
+    Events are plain tensors ``(*batch, C, *spatial)`` with ``C = field_type.size``. A subclass gives two hooks,
+    each a map and the log-determinant of that same map's Jacobian:
+
+    - ``_call_and_ladj(x) -> (y, log|det dy/dx|)``,
+    - ``_inverse_and_ladj(y) -> (x, log|det dx/dy|)``.
+
+    Everything else that Pyro and torch expect of a transform is here.
+
+    **Cache.** With ``cache_size=1`` the last pass is kept, and answers questions about the tensor that this object
+    itself produced: sampling and then scoring the same draw calls no inverse. A tensor given by the user is never
+    looked up, and a change of the parameters (optimizer steps, in-place edits, loading) forgets the pass.
+
+    :param field_type: how the group acts on the event.
+    :param cache_size: 0 or 1.
+    """
+
+    bijective = True
+    field_type: FieldType
+
+    def __init__(self, field_type: FieldType, *, cache_size: int = 1) -> None:
+        validate_field_type(field_type)
+        super().__init__(cache_size=cache_size)
+        self.field_type = field_type
+        self._entry: _Entry | None = None
+        self._inverse_ref: weakref.ref | None = None
+
+    # ---- hooks ------------------------------------------------------------------------------------------------
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    # ---- the public contract ----------------------------------------------------------------------------------
+
+    @property
+    def event_dim(self) -> int:
+        """Dimensions of an event: 1 without a base space, 3 on images, 4 on volumes."""
+        return event_dim(self.field_type)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """Real events."""
+        return constraints.independent(constraints.real, self.event_dim)
+
+    codomain = domain
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The image of ``x`` and the log-determinant, in one pass.
+
+        :param x: shape ``(*batch, C, *spatial)``.
+        :return: ``y`` of the shape of ``x``, and :math:`\log|\det \partial y / \partial x|` of shape ``batch``.
+        :raises TypeError: ``x`` is not a floating tensor of the parameters' dtype and device.
+        :raises ValueError: wrong shape, or (with Pyro's validation on) values that are not finite.
+        """
+        entry = self._lookup()
+        if entry is not None and entry.product is entry.x is x:
+            return entry.y, entry.ladj
+        self._check(x)
+        y, ladj = self._call_and_ladj(x)
+        self._remember(x, y, ladj, product=y)
+        return y, ladj
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The preimage of ``y`` and the log-determinant of the inverse map, in one pass.
+
+        :param y: shape ``(*batch, C, *spatial)``.
+        :return: ``x`` of the shape of ``y``, and :math:`\log|\det \partial x / \partial y|` of shape ``batch``.
+        :raises TypeError: as for :meth:`call_and_ladj`.
+        :raises ValueError: as for :meth:`call_and_ladj`.
+        """
+        entry = self._lookup()
+        if entry is not None and entry.product is entry.y is y:
+            return entry.x, -entry.ladj
+        self._check(y)
+        x, ladj = self._inverse_and_ladj(y)
+        self._remember(x, y, -ladj, product=x)
+        return x, ladj
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r""":math:`\log|\det \partial y / \partial x|` of shape ``batch``."""
+        entry = self._lookup()
+        if entry is not None and entry.x is x and entry.y is y:
+            return entry.ladj
+        self._check(x)
+        return self._call_and_ladj(x)[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The image of ``x``, shape ``(*batch, C, *spatial)``."""
+        return self.call_and_ladj(x)[0]
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._inverse_and_ladj(y)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.inverse_and_ladj(y)[0]
+
+    @property
+    def inv(self) -> EquivariantTransform:
+        """The inverse, an :class:`Inverse`: a module whose parameters are this transform's."""
+        inverse = None if self._inverse_ref is None else self._inverse_ref()
+        if inverse is None:
+            inverse = Inverse(self)
+            self._inverse_ref = weakref.ref(inverse)
+        return inverse
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the image of a tensor of this shape: the same.
+
+        :raises ValueError: the shape holds no event of this transform.
+        """
+        dimensions = self.event_dim
+        if len(shape) < dimensions or shape[len(shape) - dimensions] != self.field_type.size:
+            raise ValueError(
+                f"{type(self).__name__}: expected a shape (*batch, {self.field_type.size}, *spatial) with "
+                f"{dimensions - 1} spatial dimensions, found {tuple(shape)}"
+            )
+        return shape
+
+    inverse_shape = forward_shape
+
+    def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
+        """This transform with another cache size; parameters are shared."""
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size: expected 0 or 1, found {cache_size}")
+        if cache_size == self._cache_size:
+            return self
+        clone = copy.copy(self)
+        clone._cache_size = cache_size
+        return clone
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = TransformModule.__hash__
+
+    # ---- checks and cache -------------------------------------------------------------------------------------
+
+    def _check(self, x: Tensor) -> None:
+        parameter = next(self.parameters(), None)
+        dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
+        check_event(x, self.field_type, type(self).__name__, dtype, device)
+        if not pyro.settings.get("validate_distributions_torch") or _is_traced():
+            return
+        finite = torch.isfinite(x)
+        if not finite.all():
+            bad = (~finite).flatten(x.dim() - self.event_dim).any(-1)
+            raise ValueError(
+                f"{type(self).__name__}: expected finite values, found NaN or infinity in {int(bad.sum())} of "
+                f"{bad.numel()} samples; an earlier step diverged (try a smaller learning rate) or the data are not "
+                "clean"
+            )
+
+    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
+        return tuple((p, p._version) for p in self.parameters())
+
+    def _remember(self, x: Tensor, y: Tensor, ladj: Tensor, product: Tensor) -> None:
+        if self._cache_size:
+            self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), _optimizer_steps, self._versions())
+
+    def _lookup(self) -> _Entry | None:
+        entry = self._entry
+        if entry is None:
+            return None
+        stale = entry.steps != _optimizer_steps or any(p._version != v for p, v in entry.versions)
+        if stale:
+            self._entry = None
+            return None
+        # A pass made without a graph cannot answer where gradients are wanted.
+        return entry if entry.grad_enabled or not torch.is_grad_enabled() else None
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        self._entry = None
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_entry": None, "_inverse_ref": None, "_inv": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _is_traced() -> bool:
+    """Whether values are symbolic, so that none can be looked at."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Inverse(EquivariantTransform):
+    """A transform run backwards, as a module that owns it.
+
+    For density estimation put a transform whose inverse is cheap the other way round: ``Inverse(transform)``.
+    Equivariant as the transform is; log-det and costs are the transform's with the directions exchanged.
+
+    :param transform: any :class:`EquivariantTransform`.
+    """
+
+    def __init__(self, transform: EquivariantTransform) -> None:
+        if not isinstance(transform, EquivariantTransform):
+            raise TypeError(f"transform: expected an EquivariantTransform, found {type(transform).__name__}")
+        super().__init__(transform.field_type, cache_size=0)
+        self.transform = transform
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform's :meth:`~EquivariantTransform.inverse_and_ladj`, its cache included."""
+        return self.transform.inverse_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform's :meth:`~EquivariantTransform.call_and_ladj`, its cache included."""
+        return self.transform.call_and_ladj(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Minus the transform's."""
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x)
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform._call_and_ladj(y)
+
+    @property
+    def inv(self) -> EquivariantTransform:
+        """The transform itself."""
+        return self.transform
+
+    def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
+        """The inverse of the transform with another cache size."""
+        cached = self.transform.with_cache(cache_size)
+        return self if cached is self.transform else Inverse(cached)
+
+
+class Compose(EquivariantTransform):
+    """Equivariant transforms one after the other, as one: first in the list, first applied.
+
+    Equivariant because each part is; the log-det is the sum of the parts'.
+
+    :param transforms: parts of one field type.
+    :raises ValueError: no part, or unlike field types.
+    """
+
+    def __init__(self, transforms: list[EquivariantTransform], *, cache_size: int = 1) -> None:
+        transforms = list(transforms)
+        for part in transforms:
+            if not isinstance(part, EquivariantTransform):
+                raise TypeError(
+                    f"transforms: expected EquivariantTransform parts, found {type(part).__name__}; other transforms "
+                    "compose in a TransformedDistribution's list"
+                )
+        if not transforms:
+            raise ValueError("transforms: expected at least one part, found none")
+        first = transforms[0].field_type
+        for part in transforms:
+            if part.field_type != first:
+                raise ValueError(f"transforms: expected parts of one field type {first}, found {part.field_type}")
+        super().__init__(first, cache_size=cache_size)
+        self.transforms = torch.nn.ModuleList(transforms)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ladjs = []
+        for part in self:
+            x, ladj = part._call_and_ladj(x)
+            ladjs.append(ladj)
+        return x, sum(ladjs[1:], ladjs[0])
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        ladjs = []
+        for part in reversed(list(self)):
+            y, ladj = part._inverse_and_ladj(y)
+            ladjs.append(ladj)
+        return y, sum(ladjs[1:], ladjs[0])
+
+    def __iter__(self) -> Iterator[EquivariantTransform]:
+        return iter(self.transforms)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def __getitem__(self, index: int) -> EquivariantTransform:
+        return self.transforms[index]  # type: ignore[return-value]
+
+
+class ConditionalEquivariantTransform(ConditionalTransformModule):
+    r"""A family of transforms indexed by a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
+
+    :param transform: the transform; its conditioner takes the context's channels after its own.
+    :param context_type: how the group acts on the context.
+    """
+
+    def __init__(self, transform: EquivariantTransform, context_type: FieldType) -> None:
+        super().__init__()
+        validate_field_type(context_type, "context_type")
+        self.transform = transform
+        self.context_type = context_type
+
+    @property
+    def field_type(self) -> FieldType:
+        """How the group acts on the event."""
+        return self.transform.field_type
+
+    def condition(self, context: Tensor) -> EquivariantTransform:
+        """The transform given a context; parameters are shared, contexts of two calls do not mix.
+
+        :param context: shape ``(*batch, C_context, *spatial)``, or ``(*batch, C_context)`` for one context spread
+            evenly over the grid; its batch shape broadcasts against the event's.
+        :raises TypeError: not a tensor, or not of the parameters' dtype or device.
+        :raises ValueError: wrong shape.
+        """
+        owner = f"{type(self).__name__}.condition"
+        size, spatial = self.context_type.size, event_dim(self.context_type) - 1
+        if isinstance(context, Tensor) and spatial and context.shape[-1:] == (size,):
+            has_channels_before_grid = context.dim() > spatial and context.shape[-1 - spatial] == size
+            if not has_channels_before_grid:
+                context = context[(...,) + spatial * (None,)]
+        parameter = next(self.transform.parameters(), None)
+        dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
+        check_event(context, self.context_type, owner, dtype, device)
+        conditioned = copy.copy(self.transform)
+        conditioned._entry = None
+        conditioned._inverse_ref = None
+        conditioned.context = context
+        return conditioned

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of an event may be split or ordered: whole fields, or the irreps inside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from escnn.group import Representation
+from escnn.nn import FieldType
+
+from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation
+
+__all__ = ["Block", "BlockLayout", "block_layout"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """An invariant subspace of the event: channels ``start`` to ``start + representation.size`` of the layout.
+
+    :ivar scales: the representations of the scale fields that commute with the block: the block's own for a
+        permutation field (a scale a channel), else a trivial field for each of its irreps.
+    :ivar repeats: how many channels each scale channel stands for.
+    """
+
+    representation: Representation
+    scales: tuple[Representation, ...]
+    repeats: tuple[int, ...]
+
+
+class BlockLayout:
+    r"""An event written in coordinates :math:`z = P^T x` in which invariant subspaces are runs of channels.
+
+    :ivar blocks: the blocks in order.
+    :ivar basis: :math:`P`, orthogonal float64 of shape ``(C, C)``; ``None`` where it is the identity.
+    """
+
+    def __init__(self, blocks: list[Block], basis: np.ndarray | None) -> None:
+        self.blocks = tuple(blocks)
+        self.basis = basis
+        self.sizes = [block.representation.size for block in blocks]
+        self.starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
+
+    def channels(self, chosen: list[int]) -> np.ndarray:
+        """The layout's channels of some blocks, in their order."""
+        parts = [self.starts[i] + np.arange(self.sizes[i]) for i in chosen]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=int)
+
+
+def block_layout(field_type: FieldType, split_by: str | None, owner: str, alternatives: str) -> BlockLayout:
+    """Cuts an event into at least two blocks.
+
+    :param split_by: ``"fields"``, ``"irreps"``, or ``None``: fields if there are two of them, else irreps.
+    :param alternatives: what the error recommends where nothing can be split.
+    :raises ValueError: fewer than two blocks, or an unknown ``split_by``.
+    """
+    if split_by not in ("fields", "irreps", None):
+        raise ValueError(f'split_by: expected "fields", "irreps" or None, found {split_by!r}')
+    if split_by is None:
+        split_by = "fields" if len(field_type.representations) > 1 else "irreps"
+    decomposition = IrrepDecomposition(field_type)
+    if split_by == "irreps":
+        trivial = field_type.gspace.trivial_repr
+        blocks = [Block(b.irrep, (trivial,), (b.size,)) for b in decomposition.blocks]
+        layout = BlockLayout(blocks, None if decomposition.is_identity else decomposition.change_of_basis)
+    else:
+        layout = _fields_layout(field_type, decomposition)
+    if len(layout.blocks) < 2:
+        raise ValueError(
+            f"{owner}: expected a type of at least two {split_by}, found {field_type} with {len(layout.blocks)}: it "
+            f"has no invariant part to split off. Use {alternatives}, or add fields"
+        )
+    return layout
+
+
+def _fields_layout(field_type: FieldType, decomposition: IrrepDecomposition) -> BlockLayout:
+    trivial = field_type.gspace.trivial_repr
+    blocks, identity = [], True
+    basis = np.eye(field_type.size)
+    start = 0
+    for index, rep in enumerate(field_type.representations):
+        stop = start + rep.size
+        if is_permutation(rep):
+            blocks.append(Block(rep, (rep,), rep.size * (1,)))
+        else:
+            # Scales commute with this field in the basis of its irreps, so it is carried there.
+            irreps = [b for b in decomposition.blocks if b.field == index]
+            columns = decomposition.change_of_basis[start:stop, start:stop]
+            if np.abs(columns - np.eye(rep.size)).max() > 1e-12:
+                basis[start:stop, start:stop] = columns
+                identity = False
+                names = [b.irrep for b in irreps]
+                rep = names[0] if len(names) == 1 else _direct_sum(names)
+            blocks.append(Block(rep, len(irreps) * (trivial,), tuple(b.size for b in irreps)))
+        start = stop
+    return BlockLayout(blocks, None if identity else basis)
+
+
+def _direct_sum(irreps: list[Representation]) -> Representation:
+    from escnn.group import directsum
+
+    return directsum(list(irreps))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exponential of an intertwiner: an invertible equivariant linear map."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from escnn import nn as enn
+from torch import Tensor
+
+from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.events import channel_matmul
+from pyro_equiflow.ops.representations import IrrepDecomposition
+from pyro_equiflow.transforms.base import EquivariantTransform
+
+__all__ = ["EquivariantLinear", "equivariant_linear"]
+
+
+class EquivariantLinear(EquivariantTransform):
+    r"""An invertible linear map that commutes with a symmetry group and mixes fields of equal irreps.
+
+    .. math:: y = \exp(A)\, x, \qquad A \rho(g) = \rho(g) A,
+
+    at every position of a grid alike. By Schur's lemma :math:`A` is a matrix over each irrep's endomorphism algebra,
+    so the exponential is taken of one small matrix an irrep, not of the whole of :math:`A`.
+
+    Log-det exact, :math:`\operatorname{tr} A` times the number of positions; inverse closed, :math:`\exp(-A)`.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_linear
+        >>> space = gspaces.no_base_space(group.so3_group())
+        >>> transform = equivariant_linear(enn.FieldType(space, 3 * [space.irrep(1)]))
+        >>> transform(torch.randn(5, 9)).shape
+        torch.Size([5, 9])
+
+    :param field_type: how the group acts on the event.
+    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+
+    References: Bose, Brubaker and Kobyzev (arXiv 2110.08649); Hoogeboom et al., *The convolution exponential and
+    generalized Sylvester flows* (arXiv 2006.01910), eq. 3.
+    """
+
+    def __init__(self, field_type: enn.FieldType, *, cache_size: int = 1) -> None:
+        super().__init__(field_type, cache_size=cache_size)
+        decomposition = IrrepDecomposition(field_type)
+        self._runs: list[tuple[int, int, int, int]] = []  # copies, size, endomorphisms, first weight
+        algebras: dict[str, np.ndarray] = {}
+        columns: list[np.ndarray] = []
+        count = 0
+        for irrep, blocks in decomposition.isotypic():
+            algebra = np.asarray(irrep.endomorphism_basis())
+            algebras[f"algebra{len(self._runs)}"] = algebra
+            self._runs.append((len(blocks), irrep.size, len(algebra), count))
+            columns += [np.arange(b.start, b.start + b.size) for b in blocks]
+            count += len(blocks) ** 2 * len(algebra)
+        order = np.concatenate(columns)
+        basis = decomposition.change_of_basis[:, order]
+        is_identity = bool(np.abs(basis - np.eye(len(basis))).max() < 1e-12)
+        self._constants = Constants(basis=None if is_identity else basis, **algebras)
+        self._spatial_dims = self.event_dim - 1
+        self.weight = torch.nn.Parameter(torch.zeros(count, dtype=torch.float32))
+
+    def reset_parameters(self, std: float = 0.0) -> None:
+        """Draws the weights of :math:`A` with a standard deviation; 0 is the identity map."""
+        torch.nn.init.normal_(self.weight, std=std)
+
+    def _exponential(self, sign: float) -> tuple[Tensor, Tensor]:
+        constants = self._constants.like(self.weight)
+        blocks, trace = [], self.weight.new_zeros(())
+        for i, (copies, size, number, start) in enumerate(self._runs):
+            weight = self.weight.narrow(0, start, copies * copies * number).view(number, copies, copies)
+            if number == 1:  # A = a (x) 1, and so is its exponential
+                trace = trace + size * weight[0].diagonal().sum()
+                block = torch.matrix_exp(sign * weight[0])
+                eye = constants[f"algebra{i}"][0]
+                blocks.append(torch.kron(block, eye) if size > 1 else block)
+            else:
+                matrix = torch.einsum("kij,kab->iajb", weight, constants[f"algebra{i}"])
+                matrix = matrix.reshape(copies * size, copies * size)
+                trace = trace + matrix.diagonal().sum()
+                blocks.append(torch.matrix_exp(sign * matrix))
+        matrix = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+        basis = constants["basis"]
+        if basis is not None:
+            matrix = basis @ matrix @ basis.T
+        return matrix, sign * trace
+
+    def _apply_exponential(self, x: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        matrix, trace = self._exponential(sign)
+        positions = x.shape[x.dim() - self._spatial_dims :].numel()
+        ladj = (positions * trace).expand(x.shape[: x.dim() - self.event_dim])
+        return channel_matmul(matrix, x, self._spatial_dims), ladj
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._apply_exponential(x, 1.0)
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._apply_exponential(y, -1.0)
+
+
+def equivariant_linear(field_type: enn.FieldType, *, identity_init: bool = True) -> EquivariantLinear:
+    """An :class:`EquivariantLinear`.
+
+    :param field_type: how the group acts on the event.
+    :param identity_init: whether it starts as the identity; else :math:`A` starts small and random.
+    """
+    transform = EquivariantLinear(field_type)
+    if not identity_init:
+        transform.reset_parameters(std=0.1)
+    return transform
