@@ -279,7 +279,7 @@ except ImportError as error:
 
 
 def test_import_adds_little(tmp_path):
-    """At most 0.3 s on top of Pyro and escnn (medians of five, twice that for a busy machine)."""
+    """At most 0.3 s on top of Pyro and escnn; 0.03 s was seen on a quiet machine."""
     code = """
 import sys, time
 import pyro, pyro.infer, escnn.nn, escnn.gspaces
@@ -288,7 +288,7 @@ import pyro_equiflow
 print(time.perf_counter() - start)
 """
     seconds = [float(python(code, cache=tmp_path)) for _ in range(3)]
-    assert np.median(seconds) < 0.6, seconds
+    assert np.median(seconds) < 0.3, seconds
 
 
 # ---- the stand-ins against independent facts ---------------------------------------------------
