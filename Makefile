@@ -27,7 +27,7 @@ env: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml pyro_equiflow/version.py $(shell find stand_ins -name '*.py' -o -name '*.toml')
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	    "expected Python >= 3.10, found %s: name another with PYTHON=..." % sys.version.split()[0])'
-	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "python3-venv is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	@# torch goes first: what depends on it would pull in the default build.
 	$(PIP) install --quiet $(TORCH)
