@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variational inference with symmetries: the equivariant guide, the check of models, and how good a guide is."""
+
+from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
+from pyro_equiflow.infer.evidence import (
+    EvidenceEstimate,
+    evidence_estimate,
+    importance_weighted_bound,
+    importance_weights,
+)
+from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
+
+__all__ = [
+    "AutoEquivariantFlow",
+    "EvidenceEstimate",
+    "InvarianceReport",
+    "check_model_invariance",
+    "evidence_estimate",
+    "importance_weighted_bound",
+    "importance_weights",
+]

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An automatic guide that is invariant under a declared symmetry of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from escnn.nn import FieldType
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from pyro_equiflow.errors import EquivarianceError
+from pyro_equiflow.flows import equivariant_flow
+from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
+from pyro_equiflow.infer.latents import latent_field_type, preserved_random_state, validate_representations
+
+__all__ = ["AutoEquivariantFlow"]
+
+_INIT_ROWS = 1024  # base draws that set data-dependent layers
+
+
+class AutoEquivariantFlow(AutoContinuous):
+    r"""A normalizing-flow guide that keeps a symmetry of the model exactly.
+
+    .. math:: q(u) = N\bigl(T^{-1}(u); 0, I\bigr) \left|\det \frac{\partial T^{-1}}{\partial u}\right|, \qquad
+              T(g \cdot \epsilon) = g \cdot T(\epsilon) \;\Rightarrow\; q(g \cdot u) = q(u),
+
+    with :math:`u` the unconstrained latent values, flattened and joined in the order of the model's sites. Where the
+    posterior is invariant, so is the guide, by construction and at every step of training.
+
+    On its first call the guide runs the model, checks the declared symmetry against the model's log joint
+    (:func:`check_model_invariance`) and builds the flow; parameters exist from then on. To load a ``state_dict`` into
+    a fresh guide, call it once before. As with Pyro's own guides, values that Pyro's parameter store holds under the
+    guide's names (after ``ParamStoreDict.load``, or left by an earlier guide) are taken over; start another fit with
+    :func:`pyro.clear_param_store`.
+
+    ``deepcopy`` works; ``pickle`` and ``torch.save`` write the guide without its model, as with Pyro's own: what is
+    read back draws and scores latent values.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro_equiflow.infer import AutoEquivariantFlow
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        ...     pyro.sample("y", dist.Normal(torch.pdist(z) if z.dim() == 2 else z.norm(dim=-1), 0.1).to_event(1),
+        ...                 obs=torch.tensor([1.0, 1.0, 1.5]))
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> guide = AutoEquivariantFlow(model, {"z": enn.FieldType(space, 3 * [space.irrep(1, 1)])})
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 3e-3}), Trace_ELBO(num_particles=4))
+        >>> loss = svi.step()
+        >>> guide.median()["z"].shape
+        torch.Size([3, 2])
+
+    :param model: a Pyro model of continuous latent sites and static structure.
+    :param representations: field types by latent site, without a base space and of one group, acting on the flattened
+        *unconstrained* value; sites left out are invariant (trivial fields).
+    :param flow: a callable that gives the transform for the latent's field type (any
+        :class:`~torch.distributions.Transform` module that commutes with the group); by default
+        :func:`~pyro_equiflow.equivariant_flow`.
+        It is moved to the dtype and device of the latent values. Data-dependent layers are set by draws of the base.
+    :param init_loc_fn: Pyro's per-site initialisation, used to find the sites' shapes only.
+    :param check_invariance: whether the symmetry is checked on the first call.
+    :param num_quantile_samples: draws behind :meth:`median` and :meth:`quantiles`.
+    :raises TypeError: ``representations`` or ``flow`` of another kind.
+    :raises ValueError: field types over a base space or of unlike groups; on the first call also sites unknown to the
+        model and sizes that do not fit.
+    :raises EquivarianceError: on the first call, where the model lacks the symmetry; the sites are named.
+
+    References: Köhler, Klein and Noé, *Equivariant flows: exact likelihood generative learning for symmetric
+    densities* (arXiv 2006.02425), theorem 1; Kucukelbir et al., *Automatic differentiation variational inference*
+    (arXiv 1603.00788).
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        representations: Mapping[str, FieldType],
+        flow: Callable[[FieldType], Transform] | None = None,
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_feasible,
+        check_invariance: bool = True,
+        num_quantile_samples: int = 10_000,
+    ) -> None:
+        validate_representations(representations)
+        if flow is not None and (not callable(flow) or isinstance(flow, Transform)):
+            raise TypeError(
+                "flow: expected a callable from the latent's field type to a transform, found "
+                f"{type(flow).__name__}; for one that is built already pass lambda field_type: transform"
+            )
+        if not isinstance(num_quantile_samples, int) or num_quantile_samples < 1:
+            raise ValueError(f"num_quantile_samples: expected a positive integer, found {num_quantile_samples!r}")
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.representations = dict(representations)
+        self.check_invariance = check_invariance
+        self.num_quantile_samples = num_quantile_samples
+        #: Of the check on the first call.
+        self.invariance_report: InvarianceReport | None = None
+        #: How the group acts on the whole latent.
+        self.field_type: FieldType | None = None
+        self.transform: Transform | None = None
+        self._flow = flow
+
+    # ---- set-up -----------------------------------------------------------------------------------------------
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        try:
+            self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
+            if self.check_invariance:
+                self._check_model(args, kwargs)
+            self.transform = self._build(self.field_type)
+        except Exception:
+            self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
+            raise
+
+    def _check_model(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        report = check_model_invariance(self.model, self.representations, *args, **kwargs)
+        self.invariance_report = report
+        if not report.invariant:
+            raise EquivarianceError(
+                f"the model does not have the declared symmetry. Sites that change: {', '.join(report.offenders)}.\n"
+                f"{report}\nDeclare another group or other representations (they act on unconstrained values), or "
+                "pass check_invariance=False"
+            )
+
+    def _build(self, field_type: FieldType) -> Transform:
+        flow = partial(equivariant_flow, field_type) if self._flow is None else partial(self._flow, field_type)
+        transform = flow()
+        if not isinstance(transform, Transform):
+            raise TypeError(f"flow: expected a callable that gives a transform, found {type(transform).__name__}")
+        if transform.domain.event_dim != 1 or transform.codomain.event_dim != 1:
+            raise ValueError(
+                "flow: expected a transform of vectors, event_dim 1, found one of event_dim "
+                f"{transform.domain.event_dim}"
+            )
+        if isinstance(transform, torch.nn.Module):
+            latent = self._init_loc()
+            transform.to(dtype=latent.dtype, device=latent.device)
+            # One or a few particles a step say nothing of a layer's scale: base draws set it, once and for all.
+            with preserved_random_state(), torch.no_grad():
+                rows = torch.randn(_INIT_ROWS, self.latent_dim, dtype=latent.dtype, device=latent.device)
+                transform(rows)
+        return transform
+
+    def _require_set_up(self) -> Transform:
+        transform = self.transform
+        if transform is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a guide that was called before, found a fresh one whose flow is "
+                "not built; call guide(*args) with the model's arguments once"
+            )
+        return transform
+
+    # ---- Pyro's contract --------------------------------------------------------------------------------------
+
+    def get_base_dist(self) -> TorchDistribution:
+        """The standard normal on the whole latent, in the dtype and on the device of the flow's parameters."""
+        self._require_set_up()
+        like = next(self.parameters(), None)
+        like = self._init_loc() if like is None else like
+        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([self.latent_dim]).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """The flow, from the base to the unconstrained latent values."""
+        transform = self._require_set_up()
+        if self._pyro_context.active and not pyro.settings.get("module_local_params"):
+            self._take_stored_parameters()
+        return transform
+
+    def _take_stored_parameters(self) -> None:
+        """Follows the parameter store where it holds other tensors under this guide's names, as PyroParams do."""
+        transform = self._modules.get("transform")
+        if transform is None:
+            return
+        store, name = pyro.get_param_store(), self._pyro_get_fullname("transform")
+        keys = {param_with_module_name(name, key): value for key, value in transform.named_parameters()}
+        first = next(iter(keys), None)
+        if first is None or first not in store or store[first] is keys[first]:
+            return  # the store holds all of a module's parameters or none
+        for key, parameter in keys.items():
+            if key in store and store[key].shape != parameter.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: expected {key!r} of shape {tuple(parameter.shape)} in Pyro's parameter "
+                    f"store, found {tuple(store[key].shape)}, of another guide; call pyro.clear_param_store() before "
+                    "a new fit"
+                )
+        pyro.module(name, transform, update_module_params=True)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module, once the guide was called.
+
+        :raises ValueError: the guide was not called before.
+        """
+        self._require_set_up()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own clears the guide's model; only what is written down goes without it. The transform's callable
+        # is not needed once the flow is built, and is often a lambda.
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)  # a weak reference of Pyro's store, set anew at each use
+        state = {**self.__dict__, "_model": None, "master": None}
+        return state if self.transform is None else {**state, "_flow": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoEquivariantFlow:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        state = {**self.__getstate__(), "_flow": None}
+        clone.__setstate__(copy.deepcopy(state, memo))
+        clone.__dict__["_model"] = self._model
+        clone.__dict__["_flow"] = self._flow
+        return clone
+
+    # ---- summaries --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent value, by Monte Carlo: :meth:`quantiles` at one half.
+
+        Of a value that the group moves it says little: an invariant guide's lies at the centre of the orbits.
+        """
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of each latent value, by Monte Carlo.
+
+        Of ``num_quantile_samples`` draws (10 000 unless given to the constructor; random numbers are Pyro's, so
+        :func:`pyro.set_rng_seed` repeats them). The standard error of the median is about 1.25 % of a standard
+        deviation, that of the 5 % and 95 % quantiles about 2 %. Values of a site whose support is not a product of
+        intervals (a simplex, say) are the images of unconstrained quantiles, and so in the support.
+
+        :param quantiles: numbers between 0 and 1.
+        :return: by site, shape ``(len(quantiles), *shape)``.
+        :raises ValueError: numbers outside 0 to 1, or a guide that was not called before.
+        """
+        self._require_set_up()
+        latents = self.get_posterior(*args, **kwargs).sample((self.num_quantile_samples,))
+        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device).reshape(-1)
+        if not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"quantiles: expected numbers between 0 and 1, found {levels.tolist()}")
+        result = {}
+        for site, unconstrained in self._sites_of(latents):
+            to_support = biject_to(site["fn"].support)
+            if _is_elementwise(site["fn"].support):
+                result[site["name"]] = _quantile(to_support(unconstrained), levels)
+            else:
+                result[site["name"]] = to_support(_quantile(unconstrained, levels))
+        return result
+
+    def _sites_of(self, latents: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Sites and unconstrained values, samples in front of the site's own shape."""
+        position = 0
+        trace: Any = self.prototype_trace
+        for name, site in trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            part = latents[..., position : position + shape.numel()]
+            yield site, part.reshape(*latents.shape[:-1], *shape)
+            position += shape.numel()
+
+
+def _is_elementwise(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return bool(biject_to(support).domain.event_dim == 0)
+
+
+def _quantile(values: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles over the first dimension; torch's own refuses more than 2^24 elements."""
+    ordered = values.sort(0).values
+    position = levels * (len(ordered) - 1)
+    below = position.floor().long()
+    above = position.ceil().long()
+    weight = (position - below).reshape(-1, *(values.dim() - 1) * [1])
+    return torch.lerp(ordered[below], ordered[above], weight)
