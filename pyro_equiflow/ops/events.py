@@ -3,9 +3,12 @@ r"""Events ``(*batch, C, *spatial)``: checks of shape and dtype, and the group's
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, Group, GroupElement
+from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
@@ -109,21 +112,21 @@ def grid_elements(field_type: FieldType) -> list[GroupElement]:
     group = field_type.fibergroup
     if field_type.gspace.dimensionality == 0:
         return list(group.testing_elements())
-    elements = group.elements if group.order() > 0 else _grid_subgroup(field_type)
+    elements = group.elements if group.order() > 0 else _grid_subgroup(field_type.gspace)
     return [g for g in elements if on_grid(field_type, g)]
 
 
-def _grid_subgroup(field_type: FieldType) -> list[GroupElement]:
-    """The grid-permuting elements of a continuous group: closure of those among its finite subgroups."""
-    group = field_type.fibergroup
-    found: list[GroupElement] = []
-    pending = [g for g in _quarter_turns(group) if on_grid(field_type, g)]
-    while pending:
-        g = pending.pop()
-        if not any(g == h for h in found):
-            found.append(g)
-            pending += [g @ h for h in list(found)] + [h @ g for h in list(found)]
-    return found
+@functools.lru_cache(maxsize=64)
+def _grid_subgroup(gspace: GSpace) -> tuple[GroupElement, ...]:
+    """The grid-permuting elements of a continuous group: what quarter turns and reflections generate."""
+    point = FieldType(gspace, [gspace.trivial_repr])
+    generators = [g for g in _quarter_turns(gspace.fibergroup) if on_grid(point, g)]
+    found = [gspace.fibergroup.identity]
+    for g in found:  # grows as new products are met
+        for product in (h @ g for h in generators):
+            if not any(product == h for h in found):
+                found.append(product)
+    return tuple(found)
 
 
 def _quarter_turns(group: Group) -> list[GroupElement]:
