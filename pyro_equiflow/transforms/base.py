@@ -34,7 +34,7 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class _Entry(NamedTuple):
-    """One pass: its tensors, the forward log-det, which of the two was the product, and by what weights."""
+    """One pass: its tensors, the forward log-det, which of the two was the product, and what it was made of."""
 
     x: Tensor
     y: Tensor
@@ -42,7 +42,7 @@ class _Entry(NamedTuple):
     product: Tensor
     grad_enabled: bool
     steps: int
-    versions: tuple[tuple[Tensor, int], ...]
+    tensors: tuple[tuple[Tensor, int, int], ...]
 
 
 class EquivariantTransform(TransformModule):
@@ -58,7 +58,9 @@ class EquivariantTransform(TransformModule):
 
     **Cache.** With ``cache_size=1`` the last pass is kept, and answers questions about the tensor that this object
     itself produced: sampling and then scoring the same draw calls no inverse. A tensor given by the user is never
-    looked up, and a change of the parameters (optimizer steps, in-place edits, loading) forgets the pass.
+    looked up, and a change of the parameters (optimizer steps, in-place edits, loading, exchange for others) or of
+    the pass's own tensors forgets the pass. Edits through ``parameter.data`` in place leave no trace: after them
+    score a copy of the draw.
 
     :param field_type: how the group acts on the event.
     :param cache_size: 0 or 1.
@@ -104,8 +106,8 @@ class EquivariantTransform(TransformModule):
         :raises TypeError: ``x`` is not a floating tensor of the parameters' dtype and device.
         :raises ValueError: wrong shape, or (with Pyro's validation on) values that are not finite.
         """
-        entry = self._lookup()
-        if entry is not None and entry.product is entry.x is x:
+        entry = self._entry
+        if entry is not None and entry.product is entry.x is x and self._answers(entry):
             return entry.y, entry.ladj
         self._check(x)
         y, ladj = self._call_and_ladj(x)
@@ -120,8 +122,8 @@ class EquivariantTransform(TransformModule):
         :raises TypeError: as for :meth:`call_and_ladj`.
         :raises ValueError: as for :meth:`call_and_ladj`.
         """
-        entry = self._lookup()
-        if entry is not None and entry.product is entry.y is y:
+        entry = self._entry
+        if entry is not None and entry.product is entry.y is y and self._answers(entry):
             return entry.x, -entry.ladj
         self._check(y)
         x, ladj = self._inverse_and_ladj(y)
@@ -130,8 +132,8 @@ class EquivariantTransform(TransformModule):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r""":math:`\log|\det \partial y / \partial x|` of shape ``batch``."""
-        entry = self._lookup()
-        if entry is not None and entry.x is x and entry.y is y:
+        entry = self._entry
+        if entry is not None and entry.x is x and entry.y is y and self._answers(entry):
             return entry.ladj
         self._check(x)
         return self._call_and_ladj(x)[1]
@@ -155,7 +157,6 @@ class EquivariantTransform(TransformModule):
         inverse = None if self._inverse_ref is None else self._inverse_ref()
         if inverse is None:
             inverse = Inverse(self)
-            self._inverse_ref = weakref.ref(inverse)
         return inverse
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -194,34 +195,27 @@ class EquivariantTransform(TransformModule):
         parameter = next(self.parameters(), None)
         dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
         check_event(x, self.field_type, type(self).__name__, dtype, device)
-        if not pyro.settings.get("validate_distributions_torch") or _is_traced():
-            return
-        finite = torch.isfinite(x)
-        if not finite.all():
-            bad = (~finite).flatten(x.dim() - self.event_dim).any(-1)
-            raise ValueError(
-                f"{type(self).__name__}: expected finite values, found NaN or infinity in {int(bad.sum())} of "
-                f"{bad.numel()} samples; an earlier step diverged (try a smaller learning rate) or the data are not "
-                "clean"
-            )
+        _check_finite(x, self.event_dim, type(self).__name__)
 
-    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        return tuple((p, p._version) for p in self.parameters())
+    def _trace(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, int, int], ...]:
+        return tuple((t, t._version, t.data_ptr()) for t in (x, y, *self.parameters()))
 
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor, product: Tensor) -> None:
-        if self._cache_size:
-            self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), _optimizer_steps, self._versions())
+        self._entry = None
+        # Tensors of inference mode have no version, those of torch.func no storage: nothing would show a change.
+        if self._cache_size and not _is_traced() and not (x.is_inference() or y.is_inference()):
+            trace = self._trace(x, y)
+            self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), _optimizer_steps, trace)
 
-    def _lookup(self) -> _Entry | None:
-        entry = self._entry
-        if entry is None:
-            return None
-        stale = entry.steps != _optimizer_steps or any(p._version != v for p, v in entry.versions)
-        if stale:
+    def _answers(self, entry: _Entry) -> bool:
+        """Whether a pass still holds; one that does not is forgotten."""
+        now = () if entry.steps != _optimizer_steps else self._trace(entry.x, entry.y)
+        same = len(now) == len(entry.tensors)
+        if not same or any(a is not b or rest != was for (a, *rest), (b, *was) in zip(now, entry.tensors)):
             self._entry = None
-            return None
+            return False
         # A pass made without a graph cannot answer where gradients are wanted.
-        return entry if entry.grad_enabled or not torch.is_grad_enabled() else None
+        return entry.grad_enabled or not torch.is_grad_enabled()
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self._entry = None
@@ -239,6 +233,18 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _check_finite(x: Tensor, dimensions: int, owner: str) -> None:
+    if not pyro.settings.get("validate_distributions_torch") or _is_traced():
+        return
+    finite = torch.isfinite(x)
+    if not finite.all():
+        bad = (~finite).flatten(x.dim() - dimensions).any(-1)
+        raise ValueError(
+            f"{owner}: expected finite values, found NaN or infinity in {int(bad.sum())} of {bad.numel()} samples; an "
+            "earlier step diverged (try a smaller learning rate) or the data are not clean"
+        )
+
+
 class Inverse(EquivariantTransform):
     """A transform run backwards, as a module that owns it.
 
@@ -253,6 +259,8 @@ class Inverse(EquivariantTransform):
             raise TypeError(f"transform: expected an EquivariantTransform, found {type(transform).__name__}")
         super().__init__(transform.field_type, cache_size=0)
         self.transform = transform
+        if transform._inverse_ref is None or transform._inverse_ref() is None:
+            transform._inverse_ref = weakref.ref(self)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The transform's :meth:`~EquivariantTransform.inverse_and_ladj`, its cache included."""
@@ -368,8 +376,10 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
         parameter = next(self.transform.parameters(), None)
         dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
         check_event(context, self.context_type, owner, dtype, device)
+        _check_finite(context, spatial + 1, owner)
         conditioned = copy.copy(self.transform)
         conditioned._entry = None
         conditioned._inverse_ref = None
-        conditioned.context = context
+        # Not by setattr: a context that is a torch.nn.Parameter would join the parameters that all calls share.
+        conditioned.__dict__["context"] = context
         return conditioned
