@@ -73,11 +73,12 @@ class EquivariantActNorm(EquivariantTransform):
         self.log_scale = torch.nn.Parameter(torch.zeros(len(sizes), dtype=torch.float32))
         self.loc = torch.nn.Parameter(torch.zeros(len(decomposition.trivial), dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(not data_init))
-        self._pending = data_init
+        # In a list, so that copies by with_cache, which share the parameters, share this as well.
+        self._pending = [data_init]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._pending = not bool(self.initialized)
+        self._pending = [not bool(self.initialized)]
 
     @torch.no_grad()
     def _initialize(self, data: Tensor, inverse: bool) -> None:
@@ -96,14 +97,14 @@ class EquivariantActNorm(EquivariantTransform):
         trivial = log_scale.index_select(0, constants["trivial_scales"])
         self.loc.copy_(-loc * (-trivial).exp() if inverse else loc)
         self.initialized.fill_(True)
-        self._pending = False
+        self._pending[0] = False
 
     @staticmethod
     def _per_channel(values: Tensor, constants: dict[str, Tensor]) -> Tensor:
         return values.index_select(0, constants["channel_of"])
 
     def _affine(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self._pending and self.training and x.numel():
+        if self._pending[0] and self.training and x.numel():
             self._initialize(x, inverse)
         constants = self._constants.like(self.log_scale)
         spatial = (...,) + self._spatial_dims * (None,)
