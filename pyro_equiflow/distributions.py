@@ -233,7 +233,8 @@ class OrbitMixture(TorchDistribution):
         """The exact log-density, by one evaluation of the base on the whole orbit."""
         if self._validate_args:
             self._validate_sample(value)
+        # The orbit's dimension has to stand before all of the base's batch dimensions.
+        missing = len(self.batch_shape) - (value.dim() - len(self.event_shape))
+        value = value[max(0, missing) * (None,)]
         orbit = torch.stack([act(self.field_type, ~g, value) for g in self._elements])
-        if value.dim() - len(self.event_shape) < len(self.batch_shape):
-            orbit = orbit.expand(len(self._elements), *self.batch_shape, *self.event_shape)
         return torch.logsumexp(self.base.log_prob(orbit), 0) - math.log(len(self._elements))
