@@ -2,6 +2,7 @@
 """Conditioners: escnn module trees, builders of them, and their expansion to plain-tensor functions."""
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
+from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.nn.networks import hidden_layer, steerable_net
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
@@ -9,6 +10,7 @@ from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinea
 __all__ = [
     "Expanded",
     "GatedNonLinearity",
+    "InvariantGateNet",
     "PointwiseNonLinearity",
     "SteerableConv",
     "SteerableLinear",

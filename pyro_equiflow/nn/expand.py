@@ -37,7 +37,7 @@ def expand(module: enn.EquivariantModule) -> Expanded:
     """Expands a steerable module's weights and gives its map on plain tensors.
 
     Dispatches on the module's class; register a rule for a class of your own with
-    ``@expand.register(MyModule)``. A class without a rule runs as it is through ``GeometricTensor``, weights
+    ``@expand.register(MyModule)``. A class without a rule, or with a ``forward`` that its rule does not know, runs as it is through ``GeometricTensor``, weights
     expanded at every call, with no tensors to differentiate by ``torch.func``.
 
     Example::
@@ -54,6 +54,10 @@ def expand(module: enn.EquivariantModule) -> Expanded:
     :param module: an escnn ``EquivariantModule``.
     :return: :class:`Expanded`, a pair ``(fn, tensors)``.
     """
+    return _as_it_is(module)
+
+
+def _as_it_is(module: enn.EquivariantModule) -> Expanded:
     in_type = module.in_type
 
     def fn(x: Tensor) -> Tensor:
@@ -90,9 +94,23 @@ def _(module: SteerableModule) -> Expanded:
     return module.expanded()
 
 
-@expand.register
+def _rule(kind: type) -> Callable[[Callable[[Any], Expanded]], None]:
+    """Registers a rule for an escnn class; a subclass with a ``forward`` of its own computes something else."""
+
+    def register(rule: Callable[[Any], Expanded]) -> None:
+        def checked(module: Any) -> Expanded:
+            same = type(module).forward is kind.forward  # type: ignore[attr-defined]
+            return rule(module) if same else _as_it_is(module)
+
+        expand.register(kind, checked)
+
+    return register
+
+
+@_rule(enn.SequentialModule)
 def _(module: enn.SequentialModule) -> Expanded:
-    parts = [expand(child) for child in module.children()]
+    # Not children(): it leaves out a module that stands in the sequence twice.
+    parts = [expand(child) for child in module._modules.values()]
     functions = [(part.fn, len(part.tensors)) for part in parts]
 
     def fn(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -105,12 +123,12 @@ def _(module: enn.SequentialModule) -> Expanded:
     return Expanded(fn, tuple(t for part in parts for t in part.tensors))
 
 
-@expand.register
+@_rule(enn.IdentityModule)
 def _(module: enn.IdentityModule) -> Expanded:
     return Expanded(lambda x: x, ())
 
 
-@expand.register
+@_rule(enn.Linear)
 def _(module: enn.Linear) -> Expanded:
     matrix, bias = module.expand_parameters()
     return Expanded(F.linear, (matrix,) if bias is None else (matrix, bias))
@@ -133,18 +151,18 @@ def _expand_conv(module: Any, convolve: Callable[..., Tensor]) -> Expanded:
     return Expanded(fn, (weight,) if bias is None else (weight, bias))
 
 
-@expand.register
+@_rule(enn.R2Conv)
 def _(module: enn.R2Conv) -> Expanded:
     return _expand_conv(module, F.conv2d)
 
 
-@expand.register
+@_rule(enn.R3Conv)
 def _(module: enn.R3Conv) -> Expanded:
     return _expand_conv(module, F.conv3d)
 
 
 def _pointwise(function: Callable[[Tensor], Tensor], kind: type) -> None:
-    @expand.register(kind)
+    @_rule(kind)
     def _(module: enn.EquivariantModule) -> Expanded:
         return Expanded(function, ())
 
@@ -152,7 +170,7 @@ def _pointwise(function: Callable[[Tensor], Tensor], kind: type) -> None:
 _pointwise(F.relu, enn.ReLU)
 
 
-@expand.register
+@_rule(enn.ELU)
 def _(module: enn.ELU) -> Expanded:
     alpha = module.alpha
     return Expanded(lambda x: F.elu(x, alpha), ())

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -41,17 +43,39 @@ def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_r
         return np.zeros((0, *shape))
     mask = np.array([keep(attributes) for attributes in basis])
     points = torch.tensor(get_grid_coords(dimensions, kernel_size))
-    # escnn shares basis modules between layers: each goes back to its float32, which loses nothing.
-    try:
-        with torch.no_grad():
-            sampled = basis.double().sample(points).numpy()  # (points, number, out, in)
-    finally:
-        basis.float()
+    with torch.no_grad(), _in_double(basis):
+        sampled = basis.sample(points).numpy()  # (points, number, out, in)
     sampled = np.moveaxis(sampled[:, mask], 0, -1).reshape(-1, *shape)
     averaged = _average(gspace, in_rep, out_rep, sampled)
     result = _canonical_basis(averaged.reshape(len(averaged), -1)).reshape(-1, *shape)
     result.setflags(write=False)
     return result
+
+
+@contextmanager
+def _in_double(basis: torch.nn.Module) -> Iterator[None]:
+    """A basis in float64 for a while; escnn shares basis modules between layers, so every buffer comes back.
+
+    ``basis.double()`` would not do: torch walks over modules by equality, escnn's compare by value, so that equal ones
+    are left out, or compared half converted, which fails.
+    """
+    original: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
+    pending, seen = [basis], set()
+    while pending:
+        module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                original.append((module._buffers, name, buffer))
+                module._buffers[name] = buffer.double()
+        pending += [child for child in module._modules.values() if child is not None]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer in original:
+            buffers[name] = buffer
 
 
 def _average(gspace: GSpace, in_rep: Representation, out_rep: Representation, kernels: np.ndarray) -> np.ndarray:

@@ -9,8 +9,10 @@ import torch
 from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
+from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
+from pyro_equiflow.nn.parts import irrep_parts
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
 
 __all__ = ["hidden_layer", "steerable_net"]
@@ -26,12 +28,12 @@ def steerable_net(
     kernel_size: int = 3,
     padding_mode: str = "zeros",
     zero_init: bool = False,
-) -> enn.SequentialModule:
+) -> enn.EquivariantModule:
     r"""An equivariant network from ``in_type`` to ``out_type``: a conditioner ready for every transform.
 
-    Without a base space a perceptron of :class:`SteerableLinear`; on grids a CNN of :class:`SteerableConv`.
-    Hidden fields are regular ones with a pointwise function for finite groups, scalars and irreps with
-    :class:`GatedNonLinearity` for continuous ones.
+    Finite groups: regular hidden fields with a pointwise function, between :class:`SteerableLinear` layers on points
+    and :class:`SteerableConv` on grids. Continuous groups: :class:`InvariantGateNet` on points, scalars and irreps with
+    :class:`GatedNonLinearity` on grids.
 
     Example::
 
@@ -63,10 +65,18 @@ def steerable_net(
             return SteerableLinear(a, b)
         return SteerableConv(a, b, kernel_size, padding_mode=padding_mode)
 
+    layers = [
+        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
+    ]
+    on_irreps = irrep_parts(in_type) is not None and irrep_parts(out_type) is not None
+    if on_irreps and any(isinstance(layer, GatedNonLinearity) for layer in layers):
+        net = InvariantGateNet(in_type, out_type, hidden_dims, function)
+        if zero_init:
+            net.zero_output()
+        return net
     modules: list[enn.EquivariantModule] = []
     present = in_type
-    for width in hidden_dims:
-        hidden = hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function)
+    for hidden in layers:
         modules += [linear(present, hidden.in_type), hidden]
         present = hidden.out_type
     last = linear(present, out_type)

@@ -18,7 +18,7 @@ from pyro_equiflow.ops.representations import is_permutation
 
 __all__ = ["GatedNonLinearity", "PointwiseNonLinearity"]
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "relu": F.relu,
     "silu": F.silu,
@@ -42,14 +42,14 @@ class PointwiseNonLinearity(SteerableModule):
                     f"expected fields that permute their channels, found {representation}: pointwise functions "
                     "do not commute with it; use GatedNonLinearity"
                 )
-        if function not in _FUNCTIONS:
-            raise ValueError(f"function: expected one of {sorted(_FUNCTIONS)}, found {function!r}")
+        if function not in FUNCTIONS:
+            raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
         super().__init__(in_type, in_type)
         self.function = function
 
     def expanded(self) -> Expanded:
         """The function itself."""
-        return Expanded(_FUNCTIONS[self.function], ())
+        return Expanded(FUNCTIONS[self.function], ())
 
 
 class GatedNonLinearity(SteerableModule):
@@ -77,24 +77,21 @@ class GatedNonLinearity(SteerableModule):
     def expanded(self) -> Expanded:
         """The map above; runs of equal irreps are handled together."""
         scalars, runs = self.scalars, self.runs
-        gates = sum(count for count, _ in runs)
-        sizes = [scalars, gates, *(count * size for count, size in runs)]
         counts = [count for count, _ in runs]
+        sizes = [scalars, sum(counts), *(count * size for count, size in runs)]
         points = self.in_type.gspace.dimensionality == 0
+        dim = 0 if points else 1
 
         def fn(x: Tensor) -> Tensor:
-            # Channels outermost in memory: field-wise operations then run over long contiguous rows.
-            dim = -2 if points else 1
-            x = x.mT if points else x
-            s, u, *fields = x.split(sizes, dim)
-            lengths, gated = [], []
-            for v, gate, (count, size) in zip(fields, torch.sigmoid(u).split(counts, dim), runs):
-                v = v.unflatten(dim, (count, size))
-                inner = dim if dim < 0 else dim + 1
-                lengths.append((v * v).sum(inner))
-                gated.append((v * gate.unsqueeze(inner)).flatten(*((-3, -2) if points else (1, 2))))
-            invariants = torch.cat(lengths, dim).add(1).sqrt() if len(lengths) > 1 else (lengths[0] + 1).sqrt()
-            out = torch.cat([F.silu(s), invariants, *gated], dim)
+            # Channels outermost: field-wise operations then run over long rows.
+            s, u, *fields = (x.mT if points else x).split(sizes, dim)
+            squares, gated = [], []
+            for field, gate, (count, size) in zip(fields, torch.sigmoid(u).split(counts, dim), runs):
+                v = field.unflatten(dim, (count, size))
+                squares.append((v * v).sum(dim + 1))
+                gated.append((v * gate.unsqueeze(dim + 1)).flatten(dim, dim + 1))
+            lengths = (torch.cat(squares, dim) if len(squares) > 1 else squares[0]).add(1.0).sqrt()
+            out = torch.cat([F.silu(s), lengths, *gated], dim)
             return out.mT if points else out
 
         return Expanded(fn, ())

@@ -4,6 +4,7 @@ r"""Events ``(*batch, C, *spatial)``: checks of shape and dtype, and the group's
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,16 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
-__all__ = ["act", "channel_matmul", "check_event", "event_dim", "flatten_batch", "grid_elements", "on_grid"]
+__all__ = [
+    "act",
+    "cat_channels",
+    "channel_matmul",
+    "check_event",
+    "event_dim",
+    "flatten_batch",
+    "grid_elements",
+    "on_grid",
+]
 
 
 def event_dim(field_type: FieldType) -> int:
@@ -72,10 +82,21 @@ def flatten_batch(x: Tensor, dimensions: int) -> tuple[Tensor, torch.Size]:
     return x.reshape(-1, *x.shape[x.dim() - dimensions :]), batch
 
 
+def cat_channels(parts: Sequence[Tensor], spatial_dims: int) -> Tensor:
+    """Joins tensors along their channels; on points with channels outermost in memory.
+
+    Runs of channels are then runs of memory, so what works field by field is not slowed by short rows.
+    """
+    if spatial_dims == 0 and parts[0].dim() > 1:
+        return torch.cat([part.mT for part in parts], -2).mT
+    return torch.cat(list(parts), -1 - spatial_dims)
+
+
 def channel_matmul(matrix: Tensor, x: Tensor, spatial_dims: int) -> Tensor:
     """Applies ``matrix`` to the channels of ``(*batch, C, *spatial)`` at every position."""
     if spatial_dims == 0:
-        return torch.nn.functional.linear(x, matrix)
+        # Channels outermost in memory, the layout that suits what follows (see cat_channels).
+        return (matrix @ x.mT).mT if x.dim() > 1 else matrix @ x
     spatial = x.shape[x.dim() - spatial_dims :]
     return (matrix @ x.flatten(-spatial_dims)).unflatten(-1, spatial)
 

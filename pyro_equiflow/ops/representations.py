@@ -104,7 +104,8 @@ def intertwiner_basis(in_rep: Representation, out_rep: Representation) -> np.nda
     irreps, with :math:`E` in the irrep's endomorphism algebra (real: 1, complex: 2, quaternionic: 4). Two
     permutation representations have the sparser basis of orbit indicators on pairs of channels.
 
-    :return: shape ``(number, out_rep.size, in_rep.size)``, float64, of unit Frobenius norm.
+    :return: shape ``(number, out_rep.size, in_rep.size)``, float64, of Frobenius norm the root of ``out_rep.size``:
+        between equal irreps, and between regular representations, all entries are then 0 and 1 (or -1).
     """
     if is_permutation(in_rep) and is_permutation(out_rep) and in_rep.group.order() > 0:
         basis = _orbit_indicators(in_rep, out_rep)
@@ -120,7 +121,7 @@ def intertwiner_basis(in_rep: Representation, out_rep: Representation) -> np.nda
                         elements.append(columns_out @ endomorphism @ columns_in.T)
         basis = np.array(elements).reshape(-1, out_rep.size, in_rep.size)
     norms = np.linalg.norm(basis, axis=(1, 2), keepdims=True)
-    basis = basis / np.where(norms > 0, norms, 1.0)
+    basis = basis * (np.sqrt(out_rep.size) / np.where(norms > 0, norms, 1.0))
     basis.setflags(write=False)
     return basis
 

@@ -16,14 +16,15 @@ __all__ = ["Block", "BlockLayout", "block_layout"]
 
 @dataclass(frozen=True)
 class Block:
-    """An invariant subspace of the event: channels ``start`` to ``start + representation.size`` of the layout.
+    """An invariant subspace of the event, a run of channels of the layout.
 
+    :ivar fields: its representations: one permutation field, or irreps.
     :ivar scales: the representations of the scale fields that commute with the block: the block's own for a
         permutation field (a scale a channel), else a trivial field for each of its irreps.
     :ivar repeats: how many channels each scale channel stands for.
     """
 
-    representation: Representation
+    fields: tuple[Representation, ...]
     scales: tuple[Representation, ...]
     repeats: tuple[int, ...]
 
@@ -38,7 +39,7 @@ class BlockLayout:
     def __init__(self, blocks: list[Block], basis: np.ndarray | None) -> None:
         self.blocks = tuple(blocks)
         self.basis = basis
-        self.sizes = [block.representation.size for block in blocks]
+        self.sizes = [sum(field.size for field in block.fields) for block in blocks]
         self.starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
 
     def channels(self, chosen: list[int]) -> np.ndarray:
@@ -61,7 +62,7 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str, altern
     decomposition = IrrepDecomposition(field_type)
     if split_by == "irreps":
         trivial = field_type.gspace.trivial_repr
-        blocks = [Block(b.irrep, (trivial,), (b.size,)) for b in decomposition.blocks]
+        blocks = [Block((b.irrep,), (trivial,), (b.size,)) for b in decomposition.blocks]
         layout = BlockLayout(blocks, None if decomposition.is_identity else decomposition.change_of_basis)
     else:
         layout = _fields_layout(field_type, decomposition)
@@ -81,7 +82,7 @@ def _fields_layout(field_type: FieldType, decomposition: IrrepDecomposition) -> 
     for index, rep in enumerate(field_type.representations):
         stop = start + rep.size
         if is_permutation(rep):
-            blocks.append(Block(rep, (rep,), rep.size * (1,)))
+            blocks.append(Block((rep,), (rep,), rep.size * (1,)))
         else:
             # Scales commute with this field in the basis of its irreps, so it is carried there.
             irreps = [b for b in decomposition.blocks if b.field == index]
@@ -89,14 +90,7 @@ def _fields_layout(field_type: FieldType, decomposition: IrrepDecomposition) -> 
             if np.abs(columns - np.eye(rep.size)).max() > 1e-12:
                 basis[start:stop, start:stop] = columns
                 identity = False
-                names = [b.irrep for b in irreps]
-                rep = names[0] if len(names) == 1 else _direct_sum(names)
-            blocks.append(Block(rep, len(irreps) * (trivial,), tuple(b.size for b in irreps)))
+            fields = tuple(b.irrep for b in irreps)
+            blocks.append(Block(fields, len(irreps) * (trivial,), tuple(b.size for b in irreps)))
         start = stop
     return BlockLayout(blocks, None if identity else basis)
-
-
-def _direct_sum(irreps: list[Representation]) -> Representation:
-    from escnn.group import directsum
-
-    return directsum(list(irreps))

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_equiflow.nn import steerable_net
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import channel_matmul
+from pyro_equiflow.ops.events import cat_channels, channel_matmul
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms.base import ConditionalEquivariantTransform, EquivariantTransform
 from pyro_equiflow.transforms.blocks import BlockLayout, block_layout
@@ -124,13 +124,13 @@ class EquivariantCoupling(EquivariantTransform):
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x_a, x_b = self._parts.take_apart(x)
         scale, shift = self._scale_and_shift(x_a)
-        y_b = x_b * self._parts.to_channels(scale.exp()) + shift
+        y_b = self._parts.scaled(x_b, scale.exp()) + shift
         return self._parts.put_together(x_a, y_b), self._parts.log_det(scale)
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         y_a, y_b = self._parts.take_apart(y)
         scale, shift = self._scale_and_shift(y_a)
-        x_b = (y_b - shift) * self._parts.to_channels((-scale).exp())
+        x_b = self._parts.scaled(y_b - shift, (-scale).exp())
         return self._parts.put_together(y_a, x_b), -self._parts.log_det(scale)
 
 
@@ -159,7 +159,8 @@ class _Split:
         self.spatial_dims = int(field_type.gspace.dimensionality)
         a, b = layout.channels(self.kept), layout.channels(self.moved)
         self.order = np.concatenate([a, b])
-        pointwise = bool((repeats == 1).all())
+        # Channels of every scale, where all have equally many: then no index is needed.
+        self.uniform = int(repeats[0]) if (repeats == repeats[0]).all() else 0
         in_order = bool((self.order == np.arange(len(self.order))).all())
         swapped = bool((self.order == np.roll(np.arange(len(self.order)), -len(b))).all())
         self.sizes = (len(a), len(b))
@@ -168,19 +169,19 @@ class _Split:
             basis=layout.basis,
             order=self.order,
             inverse_order=np.argsort(self.order),
-            channel_of=None if pointwise else np.repeat(np.arange(len(repeats)), repeats),
-            repeats=None if pointwise else repeats.astype(float),
+            channel_of=np.repeat(np.arange(len(repeats)), repeats),
+            repeats=repeats.astype(float),
         )
 
     def conditioner_types(self, context_type: enn.FieldType | None) -> tuple[enn.FieldType, enn.FieldType]:
         gspace = self.field_type.gspace
-        fields = [self.layout.blocks[i].representation for i in self.kept]
+        fields = [field for i in self.kept for field in self.layout.blocks[i].fields]
         if context_type is not None:
             validate_field_type(context_type, "context_type")
             if context_type.gspace != gspace:
                 raise ValueError(f"context_type: expected a type over {gspace}, found one over {context_type.gspace}")
             fields += list(context_type.representations)
-        shifts = [self.layout.blocks[i].representation for i in self.moved]
+        shifts = [field for i in self.moved for field in self.layout.blocks[i].fields]
         return enn.FieldType(gspace, fields), enn.FieldType(gspace, [*self.scale_types, *shifts])
 
     def take_apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,24 +202,30 @@ class _Split:
         if x_a.shape[:dim] != x_b.shape[:dim]:  # a batch of contexts on one event
             x_a = x_a.expand(*x_b.shape[:dim], *x_a.shape[dim:])
         constants = self.constants.like(x_b)
-        x = torch.cat([x_b, x_a] if self.arrangement == "ba" else [x_a, x_b], dim)
+        x = cat_channels([x_b, x_a] if self.arrangement == "ba" else [x_a, x_b], self.spatial_dims)
         if self.arrangement == "mixed":
             x = x.index_select(dim, constants["inverse_order"])
         if constants["basis"] is not None:
             x = channel_matmul(constants["basis"], x, self.spatial_dims)
         return x
 
-    def to_channels(self, scale: Tensor) -> Tensor:
-        """One scale an irrep, or a channel, to one a channel."""
-        index = self.constants.like(scale)["channel_of"]
-        return scale if index is None else scale.index_select(-1 - self.spatial_dims, index)
+    def scaled(self, x_b: Tensor, factor: Tensor) -> Tensor:
+        """The transformed channels times one factor a channel, or one an irrep."""
+        dim = -1 - self.spatial_dims
+        if self.uniform == 1:
+            return x_b * factor
+        if self.uniform:
+            fields = x_b.unflatten(dim, (self.num_scales, self.uniform))
+            return (fields * factor.unsqueeze(dim)).flatten(dim - 1, dim)
+        return x_b * factor.index_select(dim, self.constants.like(factor)["channel_of"])
 
     def log_det(self, scale: Tensor) -> Tensor:
         """The sum of the scales over channels and positions."""
-        repeats = self.constants.like(scale)["repeats"]
         if self.spatial_dims:
             scale = scale.flatten(-self.spatial_dims).sum(-1)
-        return scale.sum(-1) if repeats is None else scale @ repeats
+        if self.uniform:
+            return self.uniform * scale.sum(-1)
+        return scale @ self.constants.like(scale)["repeats"]
 
 
 def _first_half(layout: BlockLayout) -> list[int]:
