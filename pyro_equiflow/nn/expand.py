@@ -37,8 +37,9 @@ def expand(module: enn.EquivariantModule) -> Expanded:
     """Expands a steerable module's weights and gives its map on plain tensors.
 
     Dispatches on the module's class; register a rule for a class of your own with
-    ``@expand.register(MyModule)``. A class without a rule, or with a ``forward`` that its rule does not know, runs as it is through ``GeometricTensor``, weights
-    expanded at every call, with no tensors to differentiate by ``torch.func``.
+    ``@expand.register(MyModule)``. A class without a rule, or with a ``forward`` of its own under a rule of its base
+    class, runs as it is through ``GeometricTensor``, weights expanded at every call, with no tensors to
+    differentiate by ``torch.func``.
 
     Example::
 
