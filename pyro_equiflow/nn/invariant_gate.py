@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
-from pyro_equiflow.nn.layers import SteerableLinear
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
-from pyro_equiflow.nn.parts import IrrepParts, irrep_parts
+from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
 
 __all__ = ["InvariantGateNet"]
 
@@ -50,75 +52,78 @@ class InvariantGateNet(SteerableModule):
         function: str = "silu",
     ) -> None:
         for name, field_type in (("in_type", in_type), ("out_type", out_type)):
-            if irrep_parts(field_type) is None:
+            if not IrrepParts.fit(field_type):
                 raise ValueError(f"{name}: expected irreps with no base space, found {field_type}")
         if function not in FUNCTIONS:
             raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
         super().__init__(in_type, out_type)
         self.function = function
-        gspace, trivial = in_type.gspace, in_type.gspace.trivial_repr
-        inputs, outputs = IrrepParts(in_type), IrrepParts(out_type)
-        moving = [(i, n) for i, n in zip(inputs.irreps, inputs.counts) if not i.is_trivial()]
-        width = max(hidden_dims, default=0)
-        share = width // (4 * sum(irrep.size for irrep, _ in moving)) if moving else 0
-        carried = [irrep for irrep, count in moving for _ in range(max(count, share))]
-        channels = sum(irrep.size for irrep in carried)
-        scalars_in = len(carried) + sum(n for i, n in zip(inputs.irreps, inputs.counts) if i.is_trivial())
-        scalars_out = sum(n for i, n in zip(outputs.irreps, outputs.counts) if i.is_trivial())
-        widths = [scalars_in, *(max(w - channels, w // 2, 1) for w in hidden_dims), scalars_out + len(carried)]
-        self._scalars_out = scalars_out
-        self.mix = SteerableLinear(in_type, enn.FieldType(gspace, carried), bias=False) if carried else None
-        self.scalars = torch.nn.ModuleList(
-            SteerableLinear(enn.FieldType(gspace, a * [trivial]), enn.FieldType(gspace, b * [trivial]))
-            for a, b in zip(widths, widths[1:])
-        )
-        turning = [r for r in out_type.representations if not gspace.fibergroup.irrep(*r.irreps[0]).is_trivial()]
-        self.out = (
-            SteerableLinear(enn.FieldType(gspace, carried), enn.FieldType(gspace, turning), bias=False)
-            if carried and turning
-            else None
-        )
-        with torch.no_grad():
-            self._layers()[-1].affine()[1][scalars_out:] = 1.0
+        self.hidden_dims = tuple(hidden_dims)
         self._build()
+        # One tensor of weights and one of biases: an optimizer's cost goes by the number of tensors.
+        self.weight = torch.nn.Parameter(torch.zeros(sum(self._sizes), dtype=torch.float32))
+        self.bias = torch.nn.Parameter(torch.zeros(sum(self._widths[1:]), dtype=torch.float32))
+        self.reset_parameters()
 
     def _build(self) -> None:
-        self._inputs, self._outputs = IrrepParts(self.in_type), IrrepParts(self.out_type)
+        """Makes what follows from the types and widths alone."""
+        self._inputs, self._outputs = inputs, outputs = IrrepParts(self.in_type), IrrepParts(self.out_type)
+        moving = [(i, n) for i, n in zip(inputs.irreps, inputs.counts) if not i.is_trivial()]
+        share = max(self.hidden_dims, default=0) // (4 * max(1, sum(irrep.size for irrep, _ in moving)))
+        carried = [(irrep, max(count, share)) for irrep, count in moving]
+        turning = [(i, n) for i, n in zip(outputs.irreps, outputs.counts) if i.id in {c.id for c, _ in carried}]
+        self._mix = IrrepMap(list(zip(inputs.irreps, inputs.counts)), carried)
+        self._out = IrrepMap(carried, turning)
+        self._carried = [(count, irrep.size) for irrep, count in carried]
+        self._turning = [irrep.id for irrep, _ in turning]
+        gates = sum(count for _, count in carried)
+        channels = sum(count * irrep.size for irrep, count in carried)
+        trivial_in = 0 if inputs.trivial is None else inputs.counts[inputs.trivial]
+        self._scalars_out = 0 if outputs.trivial is None else outputs.counts[outputs.trivial]
+        hidden = [max(width - channels, width // 2, 1) for width in self.hidden_dims]
+        self._widths = [trivial_in + gates, *hidden, self._scalars_out + gates]
+        dense = [a * b for a, b in zip(self._widths, self._widths[1:])]
+        self._sizes = [self._mix.num_weights, *dense, self._out.num_weights]
 
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_inputs", "_outputs")}
+    def __getstate__(self) -> dict[str, Any]:
+        rebuilt = ("_inputs", "_outputs", "_mix", "_out", "_carried", "_turning", "_widths", "_sizes")
+        return {k: v for k, v in self.__dict__.items() if k not in rebuilt}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._build()
 
     @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """He's initialisation, gates around one."""
+        dense = [np.full(a * b, 1 / math.sqrt(a)) for a, b in zip(self._widths, self._widths[1:])]
+        std = np.concatenate([self._mix.init_std, *dense, self._out.init_std])
+        self.weight.normal_().mul_(torch.as_tensor(std, dtype=self.weight.dtype, device=self.weight.device))
+        self.bias.zero_()[len(self.bias) - self._widths[-1] + self._scalars_out :] = 1.0
+
+    @torch.no_grad()
     def zero_output(self) -> None:
         """Makes the output zero everywhere: the start of a transform that is the identity."""
-        for tensor in self._layers()[-1].affine():
-            tensor[: self._scalars_out] = 0.0
-        if self.out is not None:
-            torch.nn.init.zeros_(self.out.weight)
+        *_, last, out = self.weight.split(self._sizes)
+        out.zero_()
+        last.view(self._widths[-1], self._widths[-2])[: self._scalars_out] = 0.0
+        self.bias.split(self._widths[1:])[-1][: self._scalars_out] = 0.0
 
     def expanded(self) -> Expanded:
         """The map above on plain tensors; irreps with channels outermost in memory, scalars with samples outermost."""
-        mix = None if self.mix is None else self.mix.expanded_parts()
-        out = None if self.out is None else self.out.expanded_parts()
-        layers = [layer.affine() for layer in self._layers()]
-        tensors = (mix.tensors if mix else ()) + sum(layers, ()) + (out.tensors if out else ())
-        start, stop = len(mix.tensors) if mix else 0, len(tensors) - (len(out.tensors) if out else 0)
-        shapes = [] if mix is None else [(n, i.size) for n, i in zip(mix.out_parts.counts, mix.out_parts.irreps)]
-        counts = [count for count, _ in shapes]
-        function, inputs, outputs = FUNCTIONS[self.function], self._inputs, self._outputs
-        scalars_out = self._scalars_out
+        mix, *dense, out = self.weight.split(self._sizes)
+        mixing, turning = self._mix.expand(mix), self._out.expand(out)
+        layers: list[Tensor] = []
+        for flat, bias in zip(dense, self.bias.split(self._widths[1:])):
+            layers += [flat.view(len(bias), -1), bias]
+        inputs, outputs, carried = self._inputs, self._outputs, self._carried
+        start, stop = len(mixing), len(mixing) + len(layers)
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
             parts = inputs.split(x.mT)
             scalars = [] if inputs.trivial is None else [parts[inputs.trivial].mT]
-            fields: list[Tensor] = []
-            if mix is not None:
-                mixed = mix.fn(parts, *tensors[:start])
-                fields = [v.unflatten(0, shape) for v, shape in zip(mixed, shapes)]
+            fields = [v.unflatten(0, shape) for v, shape in zip(self._mix.apply(parts, tensors[:start]), carried)]
+            if fields:
                 squares = [(v * v).sum(1) for v in fields]
                 lengths = (torch.cat(squares) if len(squares) > 1 else squares[0]).add(1.0).sqrt()
                 scalars.append(lengths.mT)
@@ -128,15 +133,14 @@ class InvariantGateNet(SteerableModule):
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
                 found[outputs.ids[outputs.trivial]] = h[:, :scalars_out].mT
-            if out is not None:
-                gates = h[:, scalars_out:].mT.contiguous().split(counts)
+            if turning:
+                gates = h[:, scalars_out:].mT.contiguous().split([count for count, _ in carried])
                 gated = [(v * gate.unsqueeze(1)).flatten(0, 1) for v, gate in zip(fields, gates)]
-                found |= zip(out.out_parts.ids, out.fn(gated, *tensors[stop:]))
-            zeros = x.new_zeros(1, 1)
-            present = [found.get(i, zeros.expand(n, x.shape[-2])) for i, n in zip(outputs.ids, outputs.sizes)]
+                found |= zip(self._turning, self._out.apply(gated, tensors[stop:]))
+            # Irreps that the input lacks: no gate makes them.
+            zero = x.new_zeros(1, 1)
+            present = [found.get(i, zero.expand(n, x.shape[-2])) for i, n in zip(outputs.ids, outputs.sizes)]
             return outputs.merge(present).mT
 
-        return Expanded(fn, tensors)
-
-    def _layers(self) -> list[SteerableLinear]:
-        return [layer for layer in self.scalars if isinstance(layer, SteerableLinear)]
+        function, scalars_out = FUNCTIONS[self.function], self._scalars_out
+        return Expanded(fn, (*mixing, *layers, *turning))

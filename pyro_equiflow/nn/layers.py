@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
 from pyro_equiflow.nn.kernels import kernel_basis
-from pyro_equiflow.nn.parts import ExpandedParts, irrep_parts
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis
 
@@ -60,7 +59,7 @@ class _BasisLayer(SteerableModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # Bases can be large and follow from the types: a saved layer is its types and its parameters.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plan", "_parts", "_constants")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plan", "_constants")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -104,62 +103,6 @@ class SteerableLinear(_BasisLayer):
 
     def _kernel_shape(self) -> tuple[int, ...]:
         return ()
-
-    def _build(self) -> int:
-        in_parts, out_parts = irrep_parts(self.in_type), irrep_parts(self.out_type)
-        self._parts = None if in_parts is None or out_parts is None else (in_parts, out_parts)
-        return super()._build()
-
-    def expanded_parts(self) -> ExpandedParts | None:
-        """The same map on parts, where both types consist of irreps: one product of matrices an irrep."""
-        if self._parts is None:
-            return None
-        in_parts, out_parts = self._parts
-        constants = self._constants.like(self.weight)
-        tensors: list[Tensor] = []
-        steps: list[tuple[int | None, int, bool, bool]] = []  # part read, rows, components as columns, bias
-        for irrep, count in zip(out_parts.irreps, out_parts.counts):
-            source = in_parts.ids.index(irrep.id) if irrep.id in in_parts.ids else None
-            as_columns = False
-            if source is not None:
-                index, pair = self._plan.pair(irrep)
-                weight = self._plan.weights(self.weight, pair)
-                as_columns = len(pair.basis) == 1 and irrep.size > 1
-                if len(pair.basis) == 1:
-                    tensors.append(weight.squeeze(-1))
-                else:
-                    shape = (pair.fields_out * irrep.size, pair.fields_in * irrep.size)
-                    entries = self.weight.index_select(0, constants[f"index{index}"])
-                    tensors.append(entries.view(shape) * constants[f"factor{index}"])
-            has_bias = bool(irrep.is_trivial()) and self.bias is not None
-            if has_bias:
-                tensors.append(self.bias)  # type: ignore[arg-type]
-            steps.append((source, count * irrep.size, as_columns, has_bias))
-
-        def fn(parts: Sequence[Tensor], *tensors: Tensor) -> list[Tensor]:
-            given, out = iter(tensors), []
-            for source, rows, as_columns, has_bias in steps:
-                if source is None:
-                    # Nothing in the input turns like this: a constant.
-                    column = next(given).unsqueeze(-1) if has_bias else parts[0].new_zeros(rows, 1)
-                    out.append(column.expand(-1, parts[0].shape[-1]))
-                    continue
-                x, weight = parts[source], next(given)
-                if has_bias:
-                    out.append(torch.addmm(next(given).unsqueeze(-1), weight, x))
-                elif as_columns:
-                    out.append((weight @ x.reshape(weight.shape[1], -1)).view(rows, -1))
-                else:
-                    out.append(weight @ x)
-            return out
-
-        return ExpandedParts(fn, tuple(tensors), in_parts, out_parts)
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Matrix and bias where both types are invariant throughout: the free parameters as they are, views."""
-        if self.bias is None or not (self._plan.pairs and self._plan.pairs[0].basis.shape == (1, 1, 1)):
-            raise ValueError(f"expected invariant fields and a bias, found {self.in_type} to {self.out_type}")
-        return self.weight.view(self.out_type.size, self.in_type.size), self.bias
 
     def expanded(self) -> Expanded:
         """``x @ filter.T + bias`` with channels outermost in memory, the layout that suits field-wise maps."""
@@ -240,7 +183,6 @@ class _Pair:
     fields_in: int
     start: int
     basis: np.ndarray
-    irrep_id: tuple | None  # of both representations, where both are one and the same irrep
     where: tuple[np.ndarray, ...]
 
 
@@ -280,7 +222,6 @@ class _ExpansionPlan:
                         len(in_starts),
                         self.num_weights,
                         bases[in_rep],
-                        _common_irrep(in_rep, out_rep),
                         where,
                     )
                     self.pairs.append(pair)
@@ -300,10 +241,6 @@ class _ExpansionPlan:
         shape = (pair.fields_out, pair.fields_in, len(pair.basis))
         return weight.narrow(0, pair.start, math.prod(shape)).view(shape)
 
-    def pair(self, irrep: Representation) -> tuple[int, _Pair]:
-        """The pair between all fields of one irrep, and its number."""
-        return next((i, p) for i, p in enumerate(self.pairs) if p.irrep_id == irrep.id)
-
     def arrays(self) -> dict[str, np.ndarray]:
         """The constant arrays that :meth:`expand` takes."""
         if self.disjoint:
@@ -315,11 +252,7 @@ class _ExpansionPlan:
                 entries = weights[:, :, (pair.basis != 0).argmax(axis=0)]
                 index[pair.where] = _to_channels(entries)
                 factor[pair.where] = _to_channels(np.broadcast_to(pair.basis.sum(axis=0), entries.shape))
-            arrays = {"index": index.ravel(), "factor": factor}
-            for i, pair in enumerate(self.pairs):
-                if pair.irrep_id is not None and len(pair.basis) > 1:
-                    arrays |= {f"index{i}": index[pair.where].ravel(), f"factor{i}": factor[pair.where]}
-            return arrays
+            return {"index": index.ravel(), "factor": factor}
         order = np.full(self.shape[:2], -1)
         offset = 0
         for pair in self.pairs:
@@ -345,11 +278,6 @@ class _ExpansionPlan:
             return blocks[0].view(self.shape)
         zero = blocks[0].new_zeros(1, blocks[0].shape[-1])
         return torch.cat([*blocks, zero]).index_select(0, constants["order"]).view(self.shape)
-
-
-def _common_irrep(in_rep: Representation, out_rep: Representation) -> tuple | None:
-    single = len(in_rep.irreps) == len(out_rep.irreps) == 1 and in_rep.irreps == out_rep.irreps
-    return in_rep.irreps[0] if single else None
 
 
 def _to_channels(entries: np.ndarray) -> np.ndarray:

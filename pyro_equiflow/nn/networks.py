@@ -12,7 +12,7 @@ from escnn.group import IrreducibleRepresentation
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
-from pyro_equiflow.nn.parts import irrep_parts
+from pyro_equiflow.nn.parts import IrrepParts
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
 
 __all__ = ["hidden_layer", "steerable_net"]
@@ -68,8 +68,11 @@ def steerable_net(
     layers = [
         hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
     ]
-    on_irreps = irrep_parts(in_type) is not None and irrep_parts(out_type) is not None
-    if on_irreps and any(isinstance(layer, GatedNonLinearity) for layer in layers):
+    if (
+        IrrepParts.fit(in_type)
+        and IrrepParts.fit(out_type)
+        and any(isinstance(layer, GatedNonLinearity) for layer in layers)
+    ):
         net = InvariantGateNet(in_type, out_type, hidden_dims, function)
         if zero_init:
             net.zero_output()

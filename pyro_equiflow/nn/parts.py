@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of irreps held as one tensor an irrep: the layout in which networks on points run.
+"""Features of irreps held as one tensor an irrep, and the intertwiners between them.
 
-An intertwiner never mixes different irreps (Schur's lemma), so a network of irreps is several small products of
-matrices and never one large one. Where the endomorphisms of an irrep are the real numbers alone, the free
-parameters are the matrix, and all components of a vector are columns of one product.
+An intertwiner never mixes different irreps (Schur's lemma), so a linear layer on irreps is several small products of
+matrices and never one large one. Where the endomorphisms of an irrep are the real numbers alone, the free parameters
+are the matrix, and all components of a vector are columns of one product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,20 +20,14 @@ from torch import Tensor
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import IrrepDecomposition
 
-__all__ = ["ExpandedParts", "IrrepParts", "irrep_parts"]
-
-
-class ExpandedParts(NamedTuple):
-    """A module on irreps expanded: ``fn(parts, *tensors)`` maps lists of parts ``(fields * size, batch)``."""
-
-    fn: Callable[..., list[Tensor]]
-    tensors: tuple[Tensor, ...]
-    in_parts: IrrepParts
-    out_parts: IrrepParts
+__all__ = ["IrrepMap", "IrrepParts"]
 
 
 class IrrepParts:
-    """Which channels of a field type hold which irrep, the irreps in order of first appearance."""
+    """Which channels of a field type hold which irrep, the irreps in order of first appearance.
+
+    :param field_type: a type with no base space in the basis of its irreps, see :meth:`fit`.
+    """
 
     def __init__(self, field_type: enn.FieldType) -> None:
         self.irreps: list[IrreducibleRepresentation] = []
@@ -50,8 +44,13 @@ class IrrepParts:
         in_order = bool((order == np.arange(len(order))).all())
         self._constants = Constants(order=None if in_order else order, inverse=None if in_order else np.argsort(order))
 
+    @staticmethod
+    def fit(field_type: enn.FieldType) -> bool:
+        """Whether a type has no base space and is written in the basis of its irreps."""
+        return field_type.gspace.dimensionality == 0 and IrrepDecomposition(field_type).is_identity
+
     def split(self, x: Tensor) -> list[Tensor]:
-        """The parts of a tensor ``(channels, batch)``."""
+        """The parts ``(count * size, batch)`` of a tensor ``(channels, batch)``."""
         order = self._constants.like(x)["order"]
         return list((x if order is None else x.index_select(0, order)).split(self.sizes, 0))
 
@@ -62,10 +61,54 @@ class IrrepParts:
         return x if inverse is None else x.index_select(0, inverse)
 
 
-def irrep_parts(field_type: enn.FieldType) -> IrrepParts | None:
-    """The parts of a type with no base space whose fields are irreps as they stand; ``None`` for any other."""
-    if field_type.gspace.dimensionality:
-        return None
-    if not all(len(r.irreps) == 1 for r in set(field_type.representations)):
-        return None
-    return IrrepParts(field_type) if IrrepDecomposition(field_type).is_identity else None
+class IrrepMap:
+    """The intertwiners between two lists of irreps, given by a flat vector of ``num_weights`` numbers.
+
+    :param inputs: irreps and their multiplicities; those that the output lacks are not read.
+    :param outputs: irreps and their multiplicities; each has to be among the inputs.
+    :ivar init_std: standard deviations of the weights that keep unit variance (He).
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[tuple[IrreducibleRepresentation, int]],
+        outputs: Sequence[tuple[IrreducibleRepresentation, int]],
+    ) -> None:
+        ids = [irrep.id for irrep, _ in inputs]
+        self._blocks: list[tuple[int, int, int, int, int]] = []  # part read, outputs, inputs, algebra, size
+        algebras: dict[str, np.ndarray] = {}
+        std = [np.zeros(0)]
+        for irrep, n_out in outputs:
+            source = ids.index(irrep.id)
+            n_in = inputs[source][1]
+            algebra = np.asarray(irrep.endomorphism_basis())
+            algebras[f"algebra{len(self._blocks)}"] = algebra.reshape(len(algebra), -1)
+            self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
+            std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))
+        self._constants = Constants(**algebras)
+        self.init_std = np.concatenate(std)
+        self.num_weights = len(self.init_std)
+
+    def expand(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real."""
+        matrices = []
+        sizes = [n_out * n_in * number for _, n_out, n_in, number, _ in self._blocks]
+        for i, (flat, (_, n_out, n_in, number, size)) in enumerate(zip(weight.split(sizes), self._blocks)):
+            if number == 1:
+                matrices.append(flat.view(n_out, n_in))
+                continue
+            algebra = self._constants.like(weight)[f"algebra{i}"]
+            blocks = (flat.view(-1, number) @ algebra).view(n_out, n_in, size, size)
+            matrices.append(blocks.transpose(1, 2).reshape(n_out * size, n_in * size))
+        return tuple(matrices)
+
+    def apply(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The images, one tensor ``(count * size, batch)`` an output irrep."""
+        images = []
+        for matrix, (source, n_out, _, number, size) in zip(matrices, self._blocks):
+            x = parts[source]
+            if number == 1 and size > 1:
+                images.append((matrix @ x.reshape(matrix.shape[1], -1)).view(n_out * size, -1))
+            else:
+                images.append(matrix @ x)
+        return images
