@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from escnn import gspaces, group
+from escnn import group, gspaces
 from escnn import nn as enn
 from timing import ratio
 from torch import Tensor
@@ -105,7 +105,7 @@ def vectors(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], N
 
 
 def images(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Images of 28x28, C_4, 4 channels in two regular... trivial fields, 32 hidden channels."""
+    """Images of 28x28 with 4 channels, each a scalar field under C_4; 32 hidden channels in 8 regular fields."""
     space = gspaces.rot2dOnR2(4)
     field_type = enn.FieldType(space, 4 * [space.trivial_repr])
     ours = Compose(
