@@ -3,25 +3,31 @@
 
 from pyro_equiflow import (
     _escnn,  # noqa: F401  (escnn is made fit before anything imports it)
+    infer,
+    nn,
     testing,
 )
+from pyro_equiflow import transforms as _transforms
 from pyro_equiflow.distributions import InvariantNormal, OrbitMixture
 from pyro_equiflow.errors import EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
+from pyro_equiflow.infer import *  # noqa: F403
 from pyro_equiflow.ops.serialization import register_reducers
 from pyro_equiflow.registration import register
 from pyro_equiflow.transforms import *  # noqa: F403
-from pyro_equiflow.transforms import __all__ as _transforms
 from pyro_equiflow.version import __version__
 
 __all__ = [
     "EquivarianceError",
     "InvariantNormal",
     "OrbitMixture",
-    "equivariant_flow",
-    "testing",
     "__version__",
-    *_transforms,
+    "equivariant_flow",
+    "infer",
+    "nn",
+    "testing",
+    *infer.__all__,
+    *_transforms.__all__,
 ]
 
 register()
