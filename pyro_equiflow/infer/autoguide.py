@@ -19,6 +19,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from pyro_equiflow.distributions import OrbitMixture
 from pyro_equiflow.errors import EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
@@ -110,6 +111,8 @@ class AutoEquivariantFlow(AutoContinuous):
         self.invariance_report: InvarianceReport | None = None
         #: How the group acts on the whole latent.
         self.field_type: FieldType | None = None
+        #: How the finite group of :meth:`average_over` acts on it.
+        self.average_type: FieldType | None = None
         self.transform: Transform | None = None
         self._flow = flow
 
@@ -120,21 +123,23 @@ class AutoEquivariantFlow(AutoContinuous):
         try:
             self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
             if self.check_invariance:
-                self._check_model(args, kwargs)
+                self.invariance_report = self._check_model(self.representations, args, kwargs)
             self.transform = self._build(self.field_type)
         except Exception:
             self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
             raise
 
-    def _check_model(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        report = check_model_invariance(self.model, self.representations, *args, **kwargs)
-        self.invariance_report = report
+    def _check_model(
+        self, representations: Mapping[str, FieldType], args: tuple, kwargs: dict[str, Any]
+    ) -> InvarianceReport:
+        report = check_model_invariance(self.model, representations, *args, **kwargs)
         if not report.invariant:
             raise EquivarianceError(
                 f"the model does not have the declared symmetry. Sites that change: {', '.join(report.offenders)}.\n"
                 f"{report}\nDeclare another group or other representations (they act on unconstrained values), or "
                 "pass check_invariance=False"
             )
+        return report
 
     def _build(self, field_type: FieldType) -> Transform:
         flow = partial(equivariant_flow, field_type) if self._flow is None else partial(self._flow, field_type)
@@ -179,6 +184,42 @@ class AutoEquivariantFlow(AutoContinuous):
         if self._pyro_context.active and not pyro.settings.get("module_local_params"):
             self._take_stored_parameters()
         return transform
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
+        """The guide's distribution of the unconstrained latent values; after :meth:`average_over` the average."""
+        posterior = super().get_posterior(*args, **kwargs)
+        return posterior if self.average_type is None else OrbitMixture(posterior, self.average_type)
+
+    def average_over(self, representations: Mapping[str, FieldType], *args: Any, **kwargs: Any) -> None:
+        r"""From now on the guide is the exact average of the flow's distribution over a finite group as well.
+
+        .. math:: \bar q(u) = \frac{1}{|H|} \sum_{h \in H} q(h^{-1} \cdot u)
+
+        (:class:`~pyro_equiflow.OrbitMixture`). Modes that a group maps onto each other are hard for a flow, which is
+        continuous; the flow then learns one of them. Where the posterior is invariant under :math:`H`, the average
+        never lowers the ELBO, and adds up to :math:`\log |H|`. It can come before training or after; a density costs
+        :math:`|H|` inverse passes, and trained on one mode the flow need not pay for them.
+
+        Where the flow's group is normalised by :math:`H` (rotations and a reflection, say), the average is invariant
+        under both. :meth:`get_transform` stays the flow itself.
+
+        :param representations: field types of a finite group by latent site, as for the constructor.
+        :param args: the model's arguments, for the check of the symmetry.
+        :param kwargs: the model's keyword arguments.
+        :raises ValueError: a guide that was not called before, an infinite group, and as for the constructor.
+        :raises EquivarianceError: the model lacks the symmetry (unless ``check_invariance=False``).
+        """
+        self._require_set_up()
+        validate_representations(representations)
+        field_type = latent_field_type(representations, self._unconstrained_shapes)
+        if field_type.fibergroup.order() < 1:
+            raise ValueError(
+                f"representations: expected a finite group to average over, found {field_type.fibergroup}; restrict "
+                "the field types to a finite subgroup, or give the infinite one to the constructor"
+            )
+        if self.check_invariance:
+            self._check_model(representations, args, kwargs)
+        self.average_type = field_type
 
     def _take_stored_parameters(self) -> None:
         """Follows the parameter store where it holds other tensors under this guide's names, as PyroParams do."""

@@ -102,6 +102,10 @@ class IrrepMap:
             matrices.append(blocks.transpose(1, 2).reshape(n_out * size, n_in * size))
         return tuple(matrices)
 
+    def is_real(self, index: int) -> bool:
+        """Whether the endomorphisms of the output's irrep ``index`` are multiples of the identity."""
+        return self._blocks[index][3] == 1
+
     def apply(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
         """The images, one tensor ``(count * size, batch)`` an output irrep."""
         images = []

@@ -8,6 +8,7 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition
@@ -46,59 +47,48 @@ class EquivariantLinear(EquivariantTransform):
     def __init__(self, field_type: enn.FieldType, *, cache_size: int = 1) -> None:
         super().__init__(field_type, cache_size=cache_size)
         decomposition = IrrepDecomposition(field_type)
-        self._runs: list[tuple[int, int, int, int]] = []  # copies, size, endomorphisms, first weight
-        algebras: dict[str, np.ndarray] = {}
-        columns: list[np.ndarray] = []
-        count = 0
-        for irrep, blocks in decomposition.isotypic():
-            algebra = np.asarray(irrep.endomorphism_basis())
-            algebras[f"algebra{len(self._runs)}"] = algebra
-            self._runs.append((len(blocks), irrep.size, len(algebra), count))
-            columns += [np.arange(b.start, b.start + b.size) for b in blocks]
-            count += len(blocks) ** 2 * len(algebra)
-        order = np.concatenate(columns)
-        basis = decomposition.change_of_basis[:, order]
-        is_identity = bool(np.abs(basis - np.eye(len(basis))).max() < 1e-12)
-        self._constants = Constants(basis=None if is_identity else basis, **algebras)
+        isotypic = decomposition.isotypic()
+        irreps = [(irrep, len(blocks)) for irrep, blocks in isotypic]
+        self._map = IrrepMap(irreps, irreps)
+        self._sizes = [irrep.size for irrep, _ in irreps]
+        # On points in the basis of irreps each irrep is mapped by itself, else channels by one matrix.
+        self._parts = IrrepParts(field_type) if IrrepParts.fit(field_type) else None
+        columns = [np.arange(b.start, b.start + b.size) for _, blocks in isotypic for b in blocks]
+        basis = decomposition.change_of_basis[:, np.concatenate(columns)]
+        self._constants = Constants(
+            basis=None if np.abs(basis - np.eye(len(basis))).max() < 1e-12 else basis,
+            **{f"identity{size}": np.eye(size) for size in self._sizes},
+        )
         self._spatial_dims = self.event_dim - 1
-        self.weight = torch.nn.Parameter(torch.zeros(count, dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.zeros(self._map.num_weights, dtype=torch.float32))
 
     def reset_parameters(self, std: float = 0.0) -> None:
         """Draws the weights of :math:`A` with a standard deviation; 0 is the identity map."""
         torch.nn.init.normal_(self.weight, std=std)
 
-    def _exponential(self, sign: float) -> tuple[Tensor, Tensor]:
-        constants = self._constants.like(self.weight)
-        blocks, trace = [], self.weight.new_zeros(())
-        for i, (copies, size, number, start) in enumerate(self._runs):
-            weight = self.weight.narrow(0, start, copies * copies * number).view(number, copies, copies)
-            if number == 1:  # A = a (x) 1, and so is its exponential
-                trace = trace + size * weight[0].diagonal().sum()
-                block = _matrix_exp(sign * weight[0])
-                eye = constants[f"algebra{i}"][0]
-                blocks.append(torch.kron(block, eye) if size > 1 else block)
-            else:
-                matrix = torch.einsum("kij,kab->iajb", weight, constants[f"algebra{i}"])
-                matrix = matrix.reshape(copies * size, copies * size)
-                trace = trace + matrix.diagonal().sum()
-                blocks.append(_matrix_exp(sign * matrix))
-        matrix = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+    def _transform(self, x: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        generators = self._map.expand(self.weight)
+        # Of a matrix over multiplicities, A = a (x) 1, and so is its exponential.
+        copies = [size if self._map.is_real(i) else 1 for i, size in enumerate(self._sizes)]
+        trace = torch.stack([n * a.diagonal().sum() for n, a in zip(copies, generators)]).sum()
+        exponentials = [_matrix_exp(sign * a) for a in generators]
+        positions = x.shape[x.dim() - self._spatial_dims :].numel()
+        ladj = (sign * positions * trace).expand(x.shape[: x.dim() - self.event_dim])
+        if self._parts is not None and x.dim() == 2:
+            return self._parts.merge(self._map.apply(self._parts.split(x.mT), exponentials)).mT, ladj
+        constants = self._constants.like(x)
+        blocks = [torch.kron(e, constants[f"identity{n}"]) if n > 1 else e for n, e in zip(copies, exponentials)]
+        matrix = torch.block_diag(*blocks)
         basis = constants["basis"]
         if basis is not None:
             matrix = basis @ matrix @ basis.T
-        return matrix, sign * trace
-
-    def _apply_exponential(self, x: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        matrix, trace = self._exponential(sign)
-        positions = x.shape[x.dim() - self._spatial_dims :].numel()
-        ladj = (positions * trace).expand(x.shape[: x.dim() - self.event_dim])
         return channel_matmul(matrix, x, self._spatial_dims), ladj
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._apply_exponential(x, 1.0)
+        return self._transform(x, 1.0)
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._apply_exponential(y, -1.0)
+        return self._transform(y, -1.0)
 
 
 def _matrix_exp(matrix: Tensor) -> Tensor:
