@@ -88,8 +88,7 @@ def spatial_shape(name: str) -> tuple[int, ...]:
 def randomize(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
     """Draws what a constructor starts at zero (biases, scales, exponents), so that no term hides."""
     for parameter in module.parameters():
-        if not parameter.any():
-            parameter.normal_(std=std)
+        parameter.copy_(torch.where(parameter == 0, std * torch.randn_like(parameter), parameter))
     return module
 
 

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole flows: the stack, its splits, and Pyro's AutoNormalizingFlow."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from escnn import group
+from pyro.infer.autoguide import AutoNormalizingFlow
+
+import pyro_equiflow as pe
+from pyro_equiflow import testing
+from tests.cases import field_type, point, randomize, spatial_shape
+
+
+@pytest.mark.parametrize("name", ["trivial", "C4", "O2", "SO3", "C4-plane", "octahedral-space"])
+def test_flows_start_as_the_identity(name):
+    kind = field_type(name)
+    options = {"nonlinearity": "gated"} if kind.gspace.dimensionality == 3 else {}
+    flow = pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(8,), **options)
+    x = torch.randn(2, kind.size, *spatial_shape(name))
+    y, ladj = flow.eval().call_and_ladj(x)
+    torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ladj, torch.zeros(2))
+
+
+def test_every_channel_moves():
+    """Two couplings in turn leave nothing untouched, linear layers or not."""
+    for name in ("C4", "O2", "C4-plane"):
+        kind = field_type(name)
+        flow = pe.equivariant_flow(kind, num_transforms=2, linear=False, actnorm=False, hidden_dims=(8,))
+        assert len(flow) == 2
+        x = torch.randn(8, kind.size, *spatial_shape(name))
+        moved = (randomize(flow)(x) - x).abs().movedim(1, 0).flatten(1).amax(1)
+        assert (moved > 1e-4).all()
+
+
+def test_options_reach_their_parts():
+    flow = pe.equivariant_flow(field_type("C4"), num_transforms=3, log_scale_bound=0.7, split_by="irreps")
+    names = [type(part).__name__ for part in flow]
+    assert names == 3 * ["EquivariantActNorm", "EquivariantLinear", "EquivariantCoupling"]
+    assert all(p.log_scale_bound == 0.7 for p in flow if isinstance(p, pe.EquivariantCoupling))
+    x = torch.randn(20, field_type("C4").size)
+    flow = randomize(flow).double()
+    testing.assert_equivariant(flow, x.double())
+    testing.assert_inverse(flow, x.double())
+    testing.assert_log_det(flow, x[:1].double())
+
+
+def test_data_init_set_once_for_the_stack():
+    kind = field_type("O2")
+    flow = pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(8,))
+    data = 4.0 + 3.0 * torch.randn(100, kind.size)
+    flow.inv(data)
+    state = {k: v.clone() for k, v in flow.state_dict().items()}
+    assert all(bool(v) for k, v in state.items() if k.endswith("initialized"))
+    flow(data)
+    assert all(torch.equal(v, state[k]) for k, v in flow.state_dict().items())
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"latent_dim": 9}, "latent_dim: expected the size 8 .* found 9; .* invariant ones as trivial fields"),
+    ({"kind": "spline"}, r"kind: expected one of \['coupling'.*found 'spline'"),
+    ({"num_transforms": 0}, "num_transforms: expected a positive integer, found 0"),
+    ({"num_transforms": 2.0}, "num_transforms: expected a positive integer, found 2.0"),
+    ({"hidden_dims": (0,)}, r"hidden_dims: expected positive integers, found \(0,\)"),
+    ({"split_by": "pixels"}, "split_by: expected .*fields.*irreps.* found 'pixels'"),
+])  # fmt: skip
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        pe.equivariant_flow(field_type("O2"), **kwargs)
+
+
+def test_unknown_keywords():
+    with pytest.raises(TypeError, match="kernel_sise"):
+        pe.equivariant_flow(field_type("O2"), kernel_sise=3)
+
+
+def test_a_type_that_cannot_be_split():
+    so3 = group.so3_group()
+    with pytest.raises(ValueError, match="equivariant_flow: expected a type of at least two irreps, found"):
+        pe.equivariant_flow(point(so3, so3.irrep(1)))
+
+
+# ---- as Pyro's guide ---------------------------------------------------------------------------------------------
+
+
+def ring():
+    """A posterior on the plane that O(2) leaves unchanged: log evidence by quadrature."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    radius = z.view(*z.shape[:-1], 2, 2).norm(dim=-1)
+    pyro.sample("y", dist.Normal(radius, 0.5).to_event(1), obs=torch.tensor([2.0, 1.0]))
+
+
+def test_auto_normalizing_flow():
+    o2 = group.o2_group()
+    kind = point(o2, o2.irrep(1, 1), o2.irrep(1, 1))
+    guide = AutoNormalizingFlow(ring, partial(pe.equivariant_flow, kind, num_transforms=2, hidden_dims=(16,)))
+    elbo = pyro.infer.Trace_ELBO(num_particles=16, vectorize_particles=True)
+    svi = pyro.infer.SVI(ring, guide, pyro.optim.ClippedAdam({"lr": 1e-2}), elbo)
+    losses = [svi.step() for _ in range(250)]
+    assert sum(losses[-25:]) < sum(losses[:25]) - 25 * 0.3
+    posterior = guide.get_posterior()
+    x = posterior.sample((16,))
+    testing.assert_invariant(posterior, x, kind, tolerance=1e-3)
+    assert guide()["z"].shape == (4,)
+
+
+def test_auto_normalizing_flow_with_another_dimension():
+    guide = AutoNormalizingFlow(ring, partial(pe.equivariant_flow, field_type("O2"), num_transforms=1))
+    with pytest.raises(ValueError, match="latent_dim: expected the size 8 .* found 4"):
+        guide()

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transforms as Pyro's users find them: in pyro.distributions.transforms."""
+
+import pyro.distributions.transforms as pyro_transforms
+import pytest
+
+import pyro_equiflow as pe
+from pyro_equiflow import transforms
+from pyro_equiflow.registration import register
+
+NAMES = [n for n in transforms.__all__ if "quivariant" in n and not n.endswith("Transform")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registered(name):
+    assert getattr(pyro_transforms, name) is getattr(pe, name) is getattr(transforms, name)
+    assert name in pyro_transforms.__all__
+
+
+def test_names_are_the_public_ones():
+    assert {"EquivariantCoupling", "ConditionalEquivariantCoupling", "equivariant_coupling"} <= set(NAMES)
+    # A factory for each class.
+    for name in NAMES:
+        if name[0].isupper():
+            snake = "".join("_" + c.lower() if c.isupper() else c for c in name)[1:]
+            assert snake.replace("act_norm", "actnorm") in NAMES
+
+
+def test_twice_is_once():
+    before = list(pyro_transforms.__all__)
+    register()
+    assert pyro_transforms.__all__ == before
+    assert len(before) == len(set(before))
+
+
+def test_common_names_stay_pyros():
+    assert pyro_transforms.ComposeTransform is not pe.Compose
+    assert not hasattr(pyro_transforms, "Inverse") and not hasattr(pyro_transforms, "Compose")
+
+
+def test_a_name_taken_is_an_error_and_adds_nothing(monkeypatch):
+    monkeypatch.setattr(pyro_transforms, "equivariant_linear", object())
+    monkeypatch.delattr(pyro_transforms, "equivariant_coupling")
+    with pytest.raises(ValueError, match="pyro.distributions.transforms.equivariant_linear is taken by .object"):
+        register()
+    assert not hasattr(pyro_transforms, "equivariant_coupling")
