@@ -64,5 +64,7 @@ class Conditioner(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output, ``(*batch, C_in, *spatial)`` to ``(*batch, C_out, *spatial)``."""
+        if x.dim() == self._event_dim + 1:
+            return self.expanded()(x)
         flat, batch = flatten_batch(x, self._event_dim)
         return self.expanded()(flat).unflatten(0, batch) if batch else self.expanded()(flat)[0]

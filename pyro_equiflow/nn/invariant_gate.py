@@ -117,6 +117,8 @@ class InvariantGateNet(SteerableModule):
         for flat, bias in zip(dense, self.bias.split(self._widths[1:])):
             layers += [flat.view(len(bias), -1), bias]
         inputs, outputs, carried = self._inputs, self._outputs, self._carried
+        inputs.prepare(self.weight)
+        outputs.prepare(self.weight)
         start, stop = len(mixing), len(mixing) + len(layers)
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:

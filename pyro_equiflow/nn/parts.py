@@ -49,6 +49,10 @@ class IrrepParts:
         """Whether a type has no base space and is written in the basis of its irreps."""
         return field_type.gspace.dimensionality == 0 and IrrepDecomposition(field_type).is_identity
 
+    def prepare(self, x: Tensor) -> None:
+        """Makes the index tensors for the dtype and device of ``x``: ``torch.compile`` cannot, while it traces."""
+        self._constants.like(x)
+
     def split(self, x: Tensor) -> list[Tensor]:
         """The parts ``(count * size, batch)`` of a tensor ``(channels, batch)``."""
         order = self._constants.like(x)["order"]

@@ -111,6 +111,7 @@ class EquivariantTransform(TransformModule):
             return entry.y, entry.ladj
         self._check(x)
         y, ladj = self._call_and_ladj(x)
+        y = y.contiguous()  # inside, channels may be outermost in memory
         self._remember(x, y, ladj, product=y)
         return y, ladj
 
@@ -127,6 +128,7 @@ class EquivariantTransform(TransformModule):
             return entry.x, -entry.ladj
         self._check(y)
         x, ladj = self._inverse_and_ladj(y)
+        x = x.contiguous()
         self._remember(x, y, -ladj, product=x)
         return x, ladj
 
