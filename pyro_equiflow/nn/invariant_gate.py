@@ -135,7 +135,7 @@ class InvariantGateNet(SteerableModule):
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
                 found[outputs.ids[outputs.trivial]] = h[:, :scalars_out].mT
-            if turning:
+            if turns:
                 gates = h[:, scalars_out:].mT.contiguous().split([count for count, _ in carried])
                 gated = [(v * gate.unsqueeze(1)).flatten(0, 1) for v, gate in zip(fields, gates)]
                 found |= zip(self._turning, self._out.apply(gated, tensors[stop:]))
@@ -144,5 +144,5 @@ class InvariantGateNet(SteerableModule):
             present = [found.get(i, zero.expand(n, x.shape[-2])) for i, n in zip(outputs.ids, outputs.sizes)]
             return outputs.merge(present).mT
 
-        function, scalars_out = FUNCTIONS[self.function], self._scalars_out
+        function, scalars_out, turns = FUNCTIONS[self.function], self._scalars_out, bool(turning)
         return Expanded(fn, (*mixing, *layers, *turning))
