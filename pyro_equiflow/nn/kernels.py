@@ -36,20 +36,33 @@ def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_r
     keep, rings, sigma, maximum_frequency = parameters(kernel_size)
     shape = (out_rep.size, in_rep.size, *dimensions * (kernel_size,))
     try:
-        basis = gspace.build_kernel_basis(
-            in_rep, out_rep, rings=rings, sigma=sigma, maximum_frequency=maximum_frequency
-        )
+        with _plain_defaults():
+            basis = gspace.build_kernel_basis(
+                in_rep, out_rep, rings=rings, sigma=sigma, maximum_frequency=maximum_frequency
+            )
     except EmptyBasisException:
         return np.zeros((0, *shape))
     mask = np.array([keep(attributes) for attributes in basis])
-    points = torch.tensor(get_grid_coords(dimensions, kernel_size))
-    with torch.no_grad(), _in_double(basis):
+    points = torch.tensor(get_grid_coords(dimensions, kernel_size), device="cpu")
+    with torch.no_grad(), _plain_defaults(), _in_double(basis):
         sampled = basis.sample(points).numpy()  # (points, number, out, in)
     sampled = np.moveaxis(sampled[:, mask], 0, -1).reshape(-1, *shape)
     averaged = _average(gspace, in_rep, out_rep, sampled)
     result = _canonical_basis(averaged.reshape(len(averaged), -1)).reshape(-1, *shape)
     result.setflags(write=False)
     return result
+
+
+@contextmanager
+def _plain_defaults() -> Iterator[None]:
+    """float32 on the CPU by default, which escnn's constructors take for granted."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @contextmanager
