@@ -68,6 +68,8 @@ class GatedNonLinearity(SteerableModule):
     """
 
     def __init__(self, gspace: GSpace, scalars: int, irreps: list[IrreducibleRepresentation]) -> None:
+        if not irreps:
+            raise ValueError("irreps: expected at least one, found none; take PointwiseNonLinearity for scalars alone")
         trivial = gspace.trivial_repr
         field_type = enn.FieldType(gspace, (scalars + len(irreps)) * [trivial] + list(irreps))
         super().__init__(field_type, field_type)

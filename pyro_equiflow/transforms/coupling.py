@@ -81,8 +81,8 @@ class EquivariantCoupling(EquivariantTransform):
         context_type: enn.FieldType | None = None,
         cache_size: int = 1,
     ) -> None:
-        if not log_scale_bound > 0:
-            raise ValueError(f"log_scale_bound: expected a positive number, found {log_scale_bound}")
+        if not 0 < log_scale_bound < float("inf"):
+            raise ValueError(f"log_scale_bound: expected a positive finite number, found {log_scale_bound}")
         parts = _Split(field_type, split, split_by)
         in_type, out_type = parts.conditioner_types(context_type)
         network = Conditioner(conditioner, in_type, out_type)
@@ -135,8 +135,17 @@ class EquivariantCoupling(EquivariantTransform):
 
 
 def _join_context(x: Tensor, context: Tensor, dim: int) -> Tensor:
-    batch = torch.broadcast_shapes(x.shape[:dim], context.shape[:dim])
     spatial = x.shape[x.dim() + dim + 1 :]
+    grid = context.shape[context.dim() + dim + 1 :]
+    if grid != spatial and grid.numel() > 1:  # a grid of one point is a vector, spread evenly
+        raise ValueError(f"context: expected the event's grid {tuple(spatial)}, found {tuple(grid)}")
+    try:
+        batch = torch.broadcast_shapes(x.shape[:dim], context.shape[:dim])
+    except RuntimeError as error:
+        raise ValueError(
+            f"context: expected a batch shape that broadcasts against the event's {tuple(x.shape[:dim])}, found "
+            f"{tuple(context.shape[:dim])}"
+        ) from error
     x = x.expand(*batch, *x.shape[dim:])
     return torch.cat([x, context.expand(*batch, context.shape[dim], *spatial)], dim)
 
