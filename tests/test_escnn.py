@@ -174,13 +174,13 @@ def test_the_pivot_is_not_rounding():
     """The embedding does not hang on the basis of the null space that the SVD happens to return."""
     from escnn import group
 
-    from pyro_equiflow import _escnn
+    from pyro_equiflow import _bases
 
     G = group.dihedral_group(6)
     rho, psi = G.regular_representation, G.irrep(1, 1)
     generators = G.generators
     matrices = [rho(g) for g in generators], [psi(g) for g in generators]
-    expected = _escnn._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
+    expected = _bases._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
     rng = np.random.default_rng(0)
     svd = np.linalg.svd
 
@@ -193,7 +193,7 @@ def test_the_pivot_is_not_rounding():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.linalg, "svd", rotated_svd)
-        found = _escnn._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
+        found = _bases._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
     np.testing.assert_allclose(found, expected, atol=1e-13)
     assert found.shape == (12, 2, 2)
 
@@ -256,7 +256,7 @@ before = escnn.group.groups.so3_utils.thomson_sphere.store_backend.location
 import pyro_equiflow._escnn as fit
 after = escnn.group.groups.so3_utils.thomson_sphere.store_backend.location
 assert before != after and after.startswith(fit._memory.location), (before, after)
-assert escnn.group.irrep.decompose_representation_general is fit.decompose_representation_general
+assert escnn.group.irrep.decompose_representation_general is fit._bases.decompose_representation_general
 """
     assert python(code, cache=tmp_path, options=["-W", "error::UserWarning"]) == ""
 
