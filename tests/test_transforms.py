@@ -284,6 +284,22 @@ def test_users_conditioner_in_double_leaves_others_alone(name):
     assert third(x.clone()).dtype == torch.float32
 
 
+def test_users_conditioner_after_a_bare_layer_was_cast():
+    """escnn shares bases between layers of one type: casting one casts, and spoils, every later one of its own."""
+    kind = field_type("C4-plane")
+    in_type, out_type = pe.EquivariantCoupling.conditioner_types(kind)
+    before, x = users_transform("conv")
+    bare = enn.R2Conv(in_type, out_type, 3, padding=1).double()
+    try:
+        after, _ = users_transform("conv")
+        for transform in (before, after):
+            testing.assert_equivariant(transform, x)
+            assert transform(x).dtype == torch.float32
+            testing.assert_equivariant(transform.double(), x.double(), tolerance=1e-6)
+    finally:
+        bare.float()
+
+
 @pytest.mark.parametrize("name", USERS)
 def test_users_conditioner_deepcopy(name):
     transform, x = users_transform(name)
@@ -414,6 +430,14 @@ def test_actnorm_waits_for_a_batch_that_says_something():
     assert not transform.initialized
     transform.train()(x)
     assert transform.initialized
+
+
+def test_actnorm_is_not_set_by_a_traced_batch():
+    transform = pe.equivariant_actnorm(field_type("O2"))
+    x = 3.0 * torch.randn(4, 20, 8)
+    torch.testing.assert_close(torch.func.vmap(transform)(x), x)
+    assert torch.func.jacrev(transform)(x[0]).shape == (20, 8, 20, 8)
+    assert not transform.initialized and not any(p.any() for p in transform.parameters())
 
 
 def test_actnorm_with_a_field_that_does_not_vary():

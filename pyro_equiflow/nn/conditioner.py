@@ -10,6 +10,7 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, expand
+from pyro_equiflow.nn.kernels import cast_buffers
 from pyro_equiflow.ops.events import event_dim, flatten_batch
 
 __all__ = ["Conditioner"]
@@ -49,6 +50,8 @@ class Conditioner(torch.nn.Module):
                 )
             if "_basisexpansion" in module._modules:
                 module._basisexpansion = copy.deepcopy(module._basisexpansion)
+                # A layer of escnn's that was cast somewhere has cast the basis that it shared with this one.
+                cast_buffers(module._basisexpansion, module.weights.dtype)
         self.network = network
         self._event_dim = event_dim(in_type)
         network.train(True)

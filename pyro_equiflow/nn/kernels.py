@@ -18,7 +18,7 @@ from escnn.nn.modules.conv.rd_convolution import get_grid_coords
 
 from pyro_equiflow.ops.events import _signed_permutation, grid_elements
 
-__all__ = ["kernel_basis"]
+__all__ = ["cast_buffers", "kernel_basis"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -65,15 +65,18 @@ def _plain_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-@contextmanager
-def _in_double(basis: torch.nn.Module) -> Iterator[None]:
-    """A basis in float64 for a while; escnn shares basis modules between layers, so every buffer comes back.
+def cast_buffers(
+    module: torch.nn.Module, dtype: torch.dtype
+) -> list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]:
+    """Casts the floating buffers of a basis, in place.
 
-    ``basis.double()`` would not do: torch walks over modules by equality, escnn's compare by value, so that equal ones
-    are left out, or compared half converted, which fails.
+    ``module.to(dtype)`` would not do: torch walks over modules by equality, escnn's compare by value, so that equal
+    ones are left out, or compared half converted, which fails.
+
+    :return: dictionary, name and former value of each buffer.
     """
-    original: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
-    pending, seen = [basis], set()
+    original = []
+    pending, seen = [module], set()
     while pending:
         module = pending.pop()
         if id(module) in seen:
@@ -82,8 +85,15 @@ def _in_double(basis: torch.nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 original.append((module._buffers, name, buffer))
-                module._buffers[name] = buffer.double()
+                module._buffers[name] = buffer.to(dtype)
         pending += [child for child in module._modules.values() if child is not None]
+    return original
+
+
+@contextmanager
+def _in_double(basis: torch.nn.Module) -> Iterator[None]:
+    """A basis in float64 for a while; escnn shares basis modules between layers, so every buffer comes back."""
+    original = cast_buffers(basis, torch.float64)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition
-from pyro_equiflow.transforms.base import EquivariantTransform
+from pyro_equiflow.transforms.base import EquivariantTransform, is_traced
 
 __all__ = ["EquivariantActNorm", "equivariant_actnorm"]
 
@@ -104,7 +104,7 @@ class EquivariantActNorm(EquivariantTransform):
         return values.index_select(0, constants["channel_of"])
 
     def _affine(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self._pending[0] and self.training and x.numel():
+        if self._pending[0] and self.training and x.numel() and not is_traced():
             self._initialize(x, inverse)
         constants = self._constants.like(self.log_scale)
         spatial = (...,) + self._spatial_dims * (None,)

@@ -205,7 +205,7 @@ class EquivariantTransform(TransformModule):
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor, product: Tensor) -> None:
         self._entry = None
         # Tensors of inference mode have no version, those of torch.func no storage: nothing would show a change.
-        if self._cache_size and not _is_traced() and not (x.is_inference() or y.is_inference()):
+        if self._cache_size and not is_traced() and not (x.is_inference() or y.is_inference()):
             trace = self._trace(x, y)
             self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), _optimizer_steps, trace)
 
@@ -230,13 +230,13 @@ class EquivariantTransform(TransformModule):
         self.__dict__.update(state)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether values are symbolic, so that none can be looked at."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _check_finite(x: Tensor, dimensions: int, owner: str) -> None:
-    if not pyro.settings.get("validate_distributions_torch") or _is_traced():
+    if not pyro.settings.get("validate_distributions_torch") or is_traced():
         return
     # The sum is finite only if every term is, and costs a tenth of looking at each.
     if torch.isfinite(x.detach().sum()):
