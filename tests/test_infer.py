@@ -4,6 +4,9 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -200,6 +203,55 @@ def test_neutra_with_hmc():
     samples = neutra.transform_sample(mcmc.get_samples()["z_shared_latent"])
     assert samples["z"].shape == (4, 3, 2)
     assert bool((samples["a"] > 0).all())
+
+
+# ---- the average over a finite group ----------------------------------------------------------------------------
+
+TURNS = gspaces.no_base_space(group.so2_group())
+FLIP = gspaces.no_base_space(group.cyclic_group(2))
+REFLECTED = {"z": FieldType(FLIP, 3 * [VECTOR.restrict((0.0, 1))])}
+
+
+def make_average():
+    guide = AutoEquivariantFlow(points, {"z": FieldType(TURNS, 3 * [VECTOR.restrict((None, -1))])}, small_flow)
+    train(guide, args=(DISTANCES.double(),), steps=20)
+    guide.average_over(REFLECTED, DISTANCES.double())
+    return guide
+
+
+def test_average_is_invariant_under_both_groups():
+    guide = make_average()
+    both = FieldType(POINT, [*vectors(3).representations, POINT.trivial_repr])
+    average, flow = guide.get_posterior(), AutoEquivariantFlow.__bases__[0].get_posterior(guide)
+    latent = average.sample((20,))
+    assert invariance_error(average.log_prob, latent, both) < 1e-11
+    assert invariance_error(flow.log_prob, latent, both) > 1e-3
+    mirrored = act(guide.average_type, FLIP.fibergroup.elements[1], latent)
+    expected = torch.logaddexp(flow.log_prob(latent), flow.log_prob(mirrored)) - math.log(2)
+    assert torch.allclose(average.log_prob(latent), expected)
+
+
+def test_average_in_inference(tmp_path):
+    guide = make_average()
+    data = DISTANCES.double()
+    assert all(math.isfinite(loss) for loss in train(guide, args=(data,), steps=3))
+    draws = Predictive(points, guide=guide, num_samples=5, parallel=True, return_sites=["z", "d"])(data)
+    assert draws["z"].shape == (5, 3, 2)
+    latent = guide.get_posterior().sample((4,))
+    for clone in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert torch.equal(clone.get_posterior().log_prob(latent), guide.get_posterior().log_prob(latent))
+
+
+def test_wrong_averages():
+    guide = AutoEquivariantFlow(points, {"z": FieldType(TURNS, 3 * [VECTOR.restrict((None, -1))])}, small_flow)
+    with pytest.raises(ValueError, match="call guide"):
+        guide.average_over(REFLECTED)
+    guide()
+    with pytest.raises(ValueError, match="finite group"):
+        guide.average_over({"z": vectors(3)})
+    with pytest.raises(pyro_equiflow.EquivarianceError, match="Sites that change: z"):
+        guide.average_over(REFLECTED, DISTANCES, 0.1)
+    assert guide.average_type is None
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------
@@ -411,7 +463,8 @@ def test_evidence_of_a_conjugate_model():
 
     truth = float(dist.Normal(0.0, math.sqrt(2.0)).log_prob(torch.tensor(0.7)))
     weights = importance_weights(model, exact, num_samples=50)
-    assert weights.shape == (50,) and torch.allclose(weights, torch.tensor(truth), atol=1e-5)
+    assert weights.shape == (50,)
+    assert torch.allclose(weights, torch.tensor(truth), atol=1e-5)
     weights = importance_weights(model, off, num_samples=5000, batch_size=2000)
     found = evidence_estimate(weights)
     assert abs(found.log_evidence - truth) < 4 * found.log_evidence_stderr
@@ -436,3 +489,16 @@ def test_wrong_weights():
         importance_weighted_bound(torch.zeros(10), 6)
     with pytest.raises(ValueError, match="num_samples"):
         importance_weights(points, make_guide(), num_samples=0)
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------
+
+
+def test_demo_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("networkx")
+    script = Path(__file__).parents[1] / "examples" / "karate.py"
+    command = [sys.executable, "-W", "error", str(script), "--steps", "3", "--draws", "2000", "--particles", "4"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "averaged: O(2)" in done.stdout and (tmp_path / "karate.png").stat().st_size > 10_000
