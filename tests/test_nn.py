@@ -5,6 +5,7 @@ import copy
 import pickle
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from escnn import group, gspaces
@@ -225,8 +226,9 @@ def test_expanded_functions_compile(name):
     net, x = network_and_input(name)
     fn, tensors = expand(net)
     tensors = [t.detach().requires_grad_() for t in tensors]  # torch.compile asks for the gradient of what it is given
-    compiled = torch.compile(fn, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, *tensors), fn(x, *tensors))
+    with pyro.validation_enabled(True):  # torch.compile turns the validation of distributions off, for good
+        compiled = torch.compile(fn, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, *tensors), fn(x, *tensors))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
