@@ -441,6 +441,24 @@ def test_subsampling_scale_mask_and_randomness(planted):
     assert "noise" not in pyro.get_param_store()
 
 
+def test_draws_that_overflow_are_left_out():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        rate = pyro.sample("rate", dist.Exponential(1.0))
+        pyro.sample("y", dist.Normal(z.norm(dim=-1), (40.0 * rate).exp()), obs=torch.tensor(1.0))
+
+    report = check_model_invariance(model, {"z": vectors(1)}, num_samples=30)
+    assert report.invariant and report.evaluations % 24 == 0 and 0 < report.evaluations < 30 * 24
+    assert torch.distributions.Distribution._validate_args
+
+    def never():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("f", z.sum() * math.inf)
+
+    with pytest.raises(ValueError, match="finite log joint"):
+        check_model_invariance(never, {"z": vectors(1)})
+
+
 def test_double_precision_is_checked_at_its_own_level():
     report = check_model_invariance(points, {"z": vectors(3)}, DISTANCES.double(), offset=1e-5)
     assert not report.invariant and report.tolerance < 1e-6

@@ -199,8 +199,10 @@ def _site_log_densities(
         node["value"] = biject_to(node["fn"].support)(value)
         replayed.nodes[name] = node
     pyro.set_rng_seed(seed)
-    trace = initial_trace(pyro.poutine.replay(model, trace=replayed), args, kwargs)
-    trace.compute_log_prob()
+    # Far draws may overflow: then the log joint is not finite and the draw is left out, in silence.
+    with pyro.validation_enabled(False):
+        trace = initial_trace(pyro.poutine.replay(model, trace=replayed), args, kwargs)
+        trace.compute_log_prob()
     densities = {}
     site: Any
     for name, site in trace.nodes.items():

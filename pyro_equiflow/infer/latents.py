@@ -26,7 +26,7 @@ __all__ = ["latent_field_type", "preserved_random_state", "validate_representati
 def preserved_random_state() -> Iterator[None]:
     """Leaves the generators of torch (all devices), numpy and Python as they were before the block."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:
