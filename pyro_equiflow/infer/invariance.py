@@ -150,9 +150,10 @@ def _check(
     seed = int(torch.randint(2**31, ()))
     worst, relative, where, count = 0.0, 0.0, None, 0
     by_site: dict[str, float] = {}
-    for index in range(num_samples):
-        spread = _SPREADS[index % len(_SPREADS)]
-        draw = {name: value + spread * torch.randn_like(value) for name, value in centre.items()}
+    # Drawn before any evaluation: each of those starts the generators anew.
+    spreads = [_SPREADS[index % len(_SPREADS)] for index in range(num_samples)]
+    draws = [{name: value + spread * torch.randn_like(value) for name, value in centre.items()} for spread in spreads]
+    for draw in draws:
         reference = _site_log_densities(model, start, draw, args, kwargs, seed)
         size = max(1.0, sum(abs(value) for value in reference.values()))
         if not math.isfinite(size):
