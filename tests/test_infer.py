@@ -441,6 +441,17 @@ def test_subsampling_scale_mask_and_randomness(planted):
     assert "noise" not in pyro.get_param_store()
 
 
+def test_draws_are_distinct():
+    lengths = set()
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        lengths.add(round(float(z.norm()), 4))
+
+    check_model_invariance(model, {"z": vectors(1)}, num_samples=7)
+    assert len(lengths) == 8  # the initial value and seven draws, each moved along its orbit
+
+
 def test_draws_that_overflow_are_left_out():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -453,7 +464,7 @@ def test_draws_that_overflow_are_left_out():
 
     def never():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.factor("f", z.sum() * math.inf)
+        pyro.factor("f", z.sum() - math.inf)
 
     with pytest.raises(ValueError, match="finite log joint"):
         check_model_invariance(never, {"z": vectors(1)})
