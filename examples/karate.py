@@ -103,7 +103,7 @@ def guides(network: Network) -> dict[str, tuple[Callable, float]]:
     return {
         "AutoNormal": (AutoNormal(model), 3e-2),  # 1e-2, 3e-2
         "AutoMultivariateNormal": (AutoMultivariateNormal(model), 1e-2),  # 3e-3, 1e-2, 3e-2
-        "AutoNormalizingFlow": (AutoNormalizingFlow(model, plain), 3e-3),  # 1e-3, 3e-3, 5e-3
+        "AutoNormalizingFlow": (AutoNormalizingFlow(model, plain), 3e-3),  # 1e-3, 3e-3, 5e-3, 1e-2
         "AutoEquivariantFlow": (AutoEquivariantFlow(model, {"z": points}, equivariant), 5e-3),  # 3e-3, 5e-3, 8e-3
     }
 
@@ -295,9 +295,7 @@ def save_picture(draws: Tensor, network: Network, path: Path) -> None:
     labels = {"Mr. Hi": "stayed with the instructor", "Officer": "left with the president"}
     for club, (colour, marker, _) in looks.items():
         right.scatter([], [], s=26, color=colour, marker=marker, edgecolors="black", linewidths=0.5, label=labels[club])
-    right.scatter(
-        [], [], s=80, color="white", edgecolors="black", linewidths=0.9, label="instructor, president: larger"
-    )
+    right.scatter([], [], s=80, color="white", edgecolors="black", linewidths=0.9, label="larger: the two themselves")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, handletextpad=0.2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
