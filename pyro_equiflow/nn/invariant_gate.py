@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
+from pyro_equiflow.ops.events import split
 
 __all__ = ["InvariantGateNet"]
 
@@ -119,6 +120,7 @@ class InvariantGateNet(SteerableModule):
         inputs, outputs, carried = self._inputs, self._outputs, self._carried
         inputs.prepare(self.weight)
         outputs.prepare(self.weight)
+        counts = [count for count, _ in carried]
         start, stop = len(mixing), len(mixing) + len(layers)
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -132,16 +134,18 @@ class InvariantGateNet(SteerableModule):
             h = torch.cat(scalars, -1) if len(scalars) > 1 else scalars[0]
             for index in range(start, stop, 2):
                 h = F.linear(function(h) if index > start else h, tensors[index], tensors[index + 1])
+            t, u = h.split([scalars_out, h.shape[1] - scalars_out], 1)
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
-                found[outputs.ids[outputs.trivial]] = h[:, :scalars_out].mT
+                found[outputs.ids[outputs.trivial]] = t.mT
             if turns:
-                gates = h[:, scalars_out:].mT.contiguous().split([count for count, _ in carried])
+                gates = split(u.mT.contiguous(), counts)
                 gated = [(v * gate.unsqueeze(1)).flatten(0, 1) for v, gate in zip(fields, gates)]
                 found |= zip(self._turning, self._out.apply(gated, tensors[stop:]))
-            # Irreps that the input lacks: no gate makes them.
-            zero = x.new_zeros(1, 1)
-            present = [found.get(i, zero.expand(n, x.shape[-2])) for i, n in zip(outputs.ids, outputs.sizes)]
+            for name, size in zip(outputs.ids, outputs.sizes):
+                if name not in found:  # an irrep that the input lacks: no gate makes it
+                    found[name] = x.new_zeros(size, x.shape[-2])
+            present = [found[name] for name in outputs.ids]
             return outputs.merge(present).mT
 
         function, scalars_out, turns = FUNCTIONS[self.function], self._scalars_out, bool(turning)

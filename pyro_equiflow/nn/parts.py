@@ -18,6 +18,7 @@ from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
 from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import IrrepDecomposition
 
 __all__ = ["IrrepMap", "IrrepParts"]
@@ -56,7 +57,7 @@ class IrrepParts:
     def split(self, x: Tensor) -> list[Tensor]:
         """The parts ``(count * size, batch)`` of a tensor ``(channels, batch)``."""
         order = self._constants.like(x)["order"]
-        return list((x if order is None else x.index_select(0, order)).split(self.sizes, 0))
+        return split(x if order is None else x.index_select(0, order), self.sizes)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The tensor ``(channels, batch)`` of which these are the parts."""
@@ -97,7 +98,7 @@ class IrrepMap:
         """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real."""
         matrices = []
         sizes = [n_out * n_in * number for _, n_out, n_in, number, _ in self._blocks]
-        for i, (flat, (_, n_out, n_in, number, size)) in enumerate(zip(weight.split(sizes), self._blocks)):
+        for i, (flat, (_, n_out, n_in, number, size)) in enumerate(zip(split(weight, sizes), self._blocks)):
             if number == 1:
                 matrices.append(flat.view(n_out, n_in))
                 continue

@@ -22,6 +22,7 @@ __all__ = [
     "flatten_batch",
     "grid_elements",
     "on_grid",
+    "split",
 ]
 
 
@@ -90,6 +91,11 @@ def cat_channels(parts: Sequence[Tensor], spatial_dims: int) -> Tensor:
     if spatial_dims == 0 and parts[0].dim() > 1:
         return torch.cat([part.mT for part in parts], -2).mT
     return torch.cat(list(parts), -1 - spatial_dims)
+
+
+def split(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """``x.split(sizes, dim)``; a single part is ``x`` itself, with no node in the graph."""
+    return [x] if len(sizes) == 1 else list(x.split(list(sizes), dim))
 
 
 def channel_matmul(matrix: Tensor, x: Tensor, spatial_dims: int) -> Tensor:
