@@ -194,3 +194,22 @@ def test_types_rebuilt_are_taken_for_the_same(name):
     pe.EquivariantCoupling(kind, net)
     again = TYPES[name][0]()
     pe.EquivariantCoupling(again, net)
+
+
+def test_pickled_after_svi() -> None:
+    """Pyro's parameter store leaves weak references on parameters, which pickle refuses."""
+    flow = pe.equivariant_flow(field_type("O2"), num_transforms=1, hidden_dims=(8,))
+    base = pe.InvariantNormal(flow.field_type)
+
+    def model() -> None:
+        pyro.sample("x", base)
+
+    def guide() -> None:
+        pyro.module("flow", flow)
+        pyro.sample("x", pyro.distributions.TransformedDistribution(base, [flow]))
+
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
+    svi.step()
+    x = torch.randn(3, flow.field_type.size)
+    assert torch.equal(pickle.loads(pickle.dumps(flow))(x), flow(x))
+    svi.step()

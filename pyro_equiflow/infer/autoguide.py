@@ -24,6 +24,7 @@ from pyro_equiflow.errors import EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
 from pyro_equiflow.infer.latents import latent_field_type, preserved_random_state, validate_representations
+from pyro_equiflow.ops.serialization import forget_param_store
 
 __all__ = ["AutoEquivariantFlow"]
 
@@ -251,8 +252,7 @@ class AutoEquivariantFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own clears the guide's model; only what is written down goes without it. The transform's callable
         # is not needed once the flow is built, and is often a lambda.
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)  # a weak reference of Pyro's store, set anew at each use
+        forget_param_store(self)
         state = {**self.__dict__, "_model": None, "master": None}
         return state if self.transform is None else {**state, "_flow": None}
 

@@ -4,7 +4,7 @@
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
-from pyro_equiflow.nn.networks import hidden_layer, steerable_net
+from pyro_equiflow.nn.networks import steerable_net
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
 
 __all__ = [
@@ -16,6 +16,5 @@ __all__ = [
     "SteerableLinear",
     "SteerableModule",
     "expand",
-    "hidden_layer",
     "steerable_net",
 ]

@@ -15,7 +15,7 @@ from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinea
 from pyro_equiflow.nn.parts import IrrepParts
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
 
-__all__ = ["hidden_layer", "steerable_net"]
+__all__ = ["steerable_net"]
 
 
 def steerable_net(
@@ -66,7 +66,7 @@ def steerable_net(
         return SteerableConv(a, b, kernel_size, padding_mode=padding_mode)
 
     layers = [
-        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
+        _hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
     ]
     if (
         IrrepParts.fit(in_type)
@@ -88,7 +88,7 @@ def steerable_net(
     return enn.SequentialModule(*modules, last)
 
 
-def hidden_layer(
+def _hidden_layer(
     in_type: enn.FieldType,
     out_type: enn.FieldType,
     width: int,

@@ -13,12 +13,13 @@ import copyreg
 from typing import Any
 
 import numpy as np
+import torch
 from escnn import group as egroup
 from escnn import gspaces
 from escnn.group import Group, GroupElement, IrreducibleRepresentation, Representation
 from escnn.nn import FieldType
 
-__all__ = ["register_reducers"]
+__all__ = ["forget_param_store", "register_reducers"]
 
 
 def _make_group(name: str, keys: dict[str, Any]) -> Group:
@@ -83,6 +84,15 @@ def _reduce_point(space: gspaces.GSpace0D) -> tuple:
 def _reduce_field_type(field_type: FieldType) -> tuple:
     # Many fields share few representations: pickle's memo writes each once.
     return FieldType, (field_type.gspace, field_type.representations)
+
+
+def forget_param_store(module: torch.nn.Module) -> None:
+    """Takes off a module's parameters the weak reference that Pyro's parameter store leaves on them.
+
+    ``pickle`` refuses it; the store sets it anew whenever it hands the parameter out.
+    """
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 def register_reducers() -> None:

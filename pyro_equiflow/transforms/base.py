@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.serialization import forget_param_store
 
 __all__ = ["Compose", "ConditionalEquivariantTransform", "EquivariantTransform", "Inverse"]
 
@@ -224,6 +225,7 @@ class EquivariantTransform(TransformModule):
         return super()._apply(fn, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        forget_param_store(self)
         return {**self.__dict__, "_entry": None, "_inverse_ref": None, "_inv": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
