@@ -526,7 +526,7 @@ def test_wrong_weights():
 def test_demo_runs(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("networkx")
-    script = Path(__file__).parents[1] / "examples" / "karate.py"
+    script = Path(__file__).parents[1] / "tutorials" / "karate.py"
     command = [sys.executable, "-W", "error", str(script), "--steps", "3", "--draws", "2000", "--particles", "4"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

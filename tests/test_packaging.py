@@ -14,7 +14,7 @@ from pyro_equiflow.version import __version__
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path
-    for folder in ("pyro_equiflow", "tests", "stand_ins", "examples", "benchmarks")
+    for folder in ("pyro_equiflow", "tests", "stand_ins", "tutorials", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
     if "build" not in path.relative_to(ROOT).parts
 )

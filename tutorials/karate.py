@@ -5,7 +5,7 @@ Hoff's latent-space model puts each member ``i`` of a social network at a point 
 off with distance. Only distances matter, so the posterior is the same after every rotation and reflection of all points
 together. ``AutoEquivariantFlow`` keeps that symmetry exactly; the other guides have to break it.
 
-Run it with ``make demo``, or ``python examples/karate.py --steps 300`` for a quick look.
+Run it with ``make demo``, or ``python tutorials/karate.py --steps 300`` for a quick look.
 
 References: Hoff, Raftery and Handcock, *Latent space approaches to social network analysis* (JASA 2002); Zachary, *An
 information flow model for conflict and fission in small groups* (Journal of Anthropological Research, 1977).
