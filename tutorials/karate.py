@@ -13,6 +13,7 @@ information flow model for conflict and fission in small groups* (Journal of Ant
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -120,7 +121,8 @@ def fit(name: str, guide: Callable, learning_rate: float, network: Network, step
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     start, mean = time.perf_counter(), math.nan
-    with tqdm(range(steps), desc=f"{name:22}", unit="step", mininterval=0.5) as bar:
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # seconds between looks; a log file wants few
+    with tqdm(range(steps), desc=f"{name:22}", unit="step", mininterval=interval) as bar:
         for step in bar:
             optimizer.zero_grad()
             loss = elbo(network)
@@ -130,7 +132,7 @@ def fit(name: str, guide: Callable, learning_rate: float, network: Network, step
             scheduler.step()
             mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
             if step % 50 == 0:
-                bar.set_postfix_str(f"ELBO {-mean:.1f}")
+                bar.set_postfix_str(f"ELBO {-mean:.1f}", refresh=False)
     return time.perf_counter() - start
 
 
