@@ -213,6 +213,14 @@ def clebsch_gordan_tensor_so3(m: int, n: int, j: int) -> np.ndarray:
     return _clebsch_gordan_so3(int(m), int(n), int(j)).copy()
 
 
+def _clebsch_gordan_coefficients_o3(group: Any, m: Any, n: Any, j: Any) -> np.ndarray:
+    """As O(3)'s ``_clebsh_gordan_coeff``, which calls ``np.zeros`` wrongly where parities do not fit."""
+    first, second, target = (group.irrep(*group.get_irrep_id(i)) for i in (m, n, j))
+    if (first.id[0] + second.id[0]) % 2 != target.id[0]:
+        return np.zeros((first.size, second.size, 0, target.size))
+    return o3group._clebsh_gordan_tensor_so3(first.id[1], second.id[1], target.id[1])
+
+
 def irrep_matrices_from_generators(group: Any, generators: list) -> dict[Any, np.ndarray]:
     """As escnn's ``generate_irrep_matrices_from_generators``, breadth first in a fixed order.
 
@@ -261,6 +269,7 @@ def install() -> None:
     # What is left of escnn's own routines stays off scikit-learn's SVD: it is seeded by nothing,
     # and from scikit-learn 1.9 on it refuses escnn's matrices.
     _numerical.randomized_svd = None
+    o3group.O3._clebsh_gordan_coeff = _clebsch_gordan_coefficients_o3
     if so3group.py3nj is None:
         for module in (so3group, o3group):
             module._clebsh_gordan_tensor_so3 = clebsch_gordan_tensor_so3
