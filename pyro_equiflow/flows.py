@@ -26,13 +26,8 @@ def _coupling(field_type: FieldType, index: int, split_by: str | None, **kwargs:
     layout = block_layout(
         field_type, split_by, "equivariant_flow", "kinds that need no split, or OrbitMixture for finite groups"
     )
-    total, first = 0, 0
-    for size in layout.sizes[:-1]:
-        if first and 2 * (total + size) > sum(layout.sizes) + 1:
-            break
-        total, first = total + size, first + 1
-    blocks = list(range(len(layout.blocks)))
-    split = blocks[:first] if index % 2 == 0 else blocks[first:]
+    first = layout.first_half()
+    split = first if index % 2 == 0 else [i for i in range(len(layout.blocks)) if i not in set(first)]
     return equivariant_coupling(field_type, split=split, split_by=split_by, **kwargs)
 
 

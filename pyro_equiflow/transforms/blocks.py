@@ -42,6 +42,17 @@ class BlockLayout:
         self.sizes = [sum(field.size for field in block.fields) for block in blocks]
         self.starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
 
+    def first_half(self) -> list[int]:
+        """The first blocks up to half of the channels, at least one, never all."""
+        total = 0
+        kept: list[int] = []
+        for index, size in enumerate(self.sizes[:-1]):
+            if kept and 2 * (total + size) > sum(self.sizes) + 1:
+                break
+            kept.append(index)
+            total += size
+        return kept
+
     def channels(self, chosen: list[int]) -> np.ndarray:
         """The layout's channels of some blocks, in their order."""
         parts = [self.starts[i] + np.arange(self.sizes[i]) for i in chosen]

@@ -17,7 +17,7 @@ from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import cat_channels, channel_matmul
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms.base import ConditionalEquivariantTransform, EquivariantTransform
-from pyro_equiflow.transforms.blocks import BlockLayout, block_layout
+from pyro_equiflow.transforms.blocks import block_layout
 
 __all__ = [
     "ConditionalEquivariantCoupling",
@@ -157,7 +157,7 @@ class _Split:
         validate_field_type(field_type)
         self.field_type = field_type
         layout = block_layout(field_type, split_by, "EquivariantCoupling", _ALTERNATIVES)
-        self.kept = _first_half(layout) if split is None else _checked(split, len(layout.blocks))
+        self.kept = layout.first_half() if split is None else _checked(split, len(layout.blocks))
         self.moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
         self.layout = layout
         moved = [layout.blocks[i] for i in self.moved]
@@ -235,18 +235,6 @@ class _Split:
         if self.uniform:
             return self.uniform * scale.sum(-1)
         return scale @ self.constants.like(scale)["repeats"]
-
-
-def _first_half(layout: BlockLayout) -> list[int]:
-    """The first blocks up to half of the channels, at least one, never all."""
-    total = 0
-    kept: list[int] = []
-    for index, size in enumerate(layout.sizes[:-1]):
-        if kept and 2 * (total + size) > sum(layout.sizes) + 1:
-            break
-        kept.append(index)
-        total += size
-    return kept
 
 
 def _checked(split: Sequence[int], count: int) -> list[int]:
