@@ -224,6 +224,12 @@ class EquivariantTransform(TransformModule):
         self._entry = None
         return super()._apply(fn, *args, **kwargs)
 
+    def __copy__(self) -> EquivariantTransform:
+        # Shares everything but the cache; what __getstate__ takes off before pickling stays on.
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__, _entry=None, _inverse_ref=None, _inv=None)
+        return clone
+
     def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)
         return {**self.__dict__, "_entry": None, "_inverse_ref": None, "_inv": None}
@@ -385,8 +391,6 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
         check_event(context, self.context_type, owner, dtype, device)
         _check_finite(context, spatial + 1, owner)
         conditioned = copy.copy(self.transform)
-        conditioned._entry = None
-        conditioned._inverse_ref = None
         # Not by setattr: a context that is a torch.nn.Parameter would join the parameters that all calls share.
         conditioned.__dict__["context"] = context
         return conditioned
