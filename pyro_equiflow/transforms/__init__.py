@@ -3,11 +3,11 @@
 
 from pyro_equiflow.transforms.actnorm import EquivariantActNorm, equivariant_actnorm
 from pyro_equiflow.transforms.base import (
-    Compose,
     ConditionalEquivariantTransform,
     EquivariantTransform,
     Inverse,
 )
+from pyro_equiflow.transforms.compose import Compose
 from pyro_equiflow.transforms.coupling import (
     ConditionalEquivariantCoupling,
     EquivariantCoupling,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,7 +19,7 @@ from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.serialization import forget_param_store
 
-__all__ = ["Compose", "ConditionalEquivariantTransform", "EquivariantTransform", "Inverse"]
+__all__ = ["ConditionalEquivariantTransform", "EquivariantTransform", "Inverse"]
 
 # Fused optimizers change parameters without a trace in Tensor._version, so steps are counted as well.
 _optimizer_steps = 0
@@ -302,56 +301,6 @@ class Inverse(EquivariantTransform):
         """The inverse of the transform with another cache size."""
         cached = self.transform.with_cache(cache_size)
         return self if cached is self.transform else Inverse(cached)
-
-
-class Compose(EquivariantTransform):
-    """Equivariant transforms one after the other, as one: first in the list, first applied.
-
-    Equivariant because each part is; the log-det is the sum of the parts'.
-
-    :param transforms: parts of one field type.
-    :raises ValueError: no part, or unlike field types.
-    """
-
-    def __init__(self, transforms: list[EquivariantTransform], *, cache_size: int = 1) -> None:
-        transforms = list(transforms)
-        for part in transforms:
-            if not isinstance(part, EquivariantTransform):
-                raise TypeError(
-                    f"transforms: expected EquivariantTransform parts, found {type(part).__name__}; other transforms "
-                    "compose in a TransformedDistribution's list"
-                )
-        if not transforms:
-            raise ValueError("transforms: expected at least one part, found none")
-        first = transforms[0].field_type
-        for part in transforms:
-            if part.field_type != first:
-                raise ValueError(f"transforms: expected parts of one field type {first}, found {part.field_type}")
-        super().__init__(first, cache_size=cache_size)
-        self.transforms = torch.nn.ModuleList(transforms)
-
-    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in self:
-            x, ladj = part._call_and_ladj(x)
-            ladjs.append(ladj)
-        return x, sum(ladjs[1:], ladjs[0])
-
-    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in reversed(list(self)):
-            y, ladj = part._inverse_and_ladj(y)
-            ladjs.append(ladj)
-        return y, sum(ladjs[1:], ladjs[0])
-
-    def __iter__(self) -> Iterator[EquivariantTransform]:
-        return iter(self.transforms)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(self.transforms)
-
-    def __getitem__(self, index: int) -> EquivariantTransform:
-        return self.transforms[index]  # type: ignore[return-value]
 
 
 class ConditionalEquivariantTransform(ConditionalTransformModule):
