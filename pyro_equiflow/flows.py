@@ -23,9 +23,7 @@ __all__ = ["equivariant_flow"]
 
 def _coupling(field_type: FieldType, index: int, split_by: str | None, **kwargs: Any) -> EquivariantTransform:
     """Couplings take turns: the first half of the channels conditions the second, then the reverse."""
-    layout = block_layout(
-        field_type, split_by, "equivariant_flow", "kinds that need no split, or OrbitMixture for finite groups"
-    )
+    layout = block_layout(field_type, split_by, "equivariant_flow")
     first = layout.first_half()
     split = first if index % 2 == 0 else [i for i in range(len(layout.blocks)) if i not in set(first)]
     return equivariant_coupling(field_type, split=split, split_by=split_by, **kwargs)

@@ -59,11 +59,10 @@ class BlockLayout:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=int)
 
 
-def block_layout(field_type: FieldType, split_by: str | None, owner: str, alternatives: str) -> BlockLayout:
+def block_layout(field_type: FieldType, split_by: str | None, owner: str) -> BlockLayout:
     """Cuts an event into at least two blocks.
 
     :param split_by: ``"fields"``, ``"irreps"``, or ``None``: fields if there are two of them, else irreps.
-    :param alternatives: what the error recommends where nothing can be split.
     :raises ValueError: fewer than two blocks, or an unknown ``split_by``.
     """
     if split_by not in ("fields", "irreps", None):
@@ -80,7 +79,9 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str, altern
     if len(layout.blocks) < 2:
         raise ValueError(
             f"{owner}: expected a type of at least two {split_by}, found {field_type} with {len(layout.blocks)}: it "
-            f"has no invariant part to split off. Use {alternatives}, or add fields"
+            "has no invariant part to split off. Add fields (auxiliary ones, say); or take a transform that needs no "
+            "split, equivariant_residual or equivariant_implicit, where your version has them; or, for a finite group, "
+            "OrbitMixture of a plain flow"
         )
     return layout
 

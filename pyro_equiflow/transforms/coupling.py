@@ -26,8 +26,6 @@ __all__ = [
     "equivariant_coupling",
 ]
 
-_ALTERNATIVES = "equivariant_residual or equivariant_implicit (they need no split)"
-
 
 class EquivariantCoupling(EquivariantTransform):
     r"""Affine coupling that commutes with a symmetry group.
@@ -156,7 +154,7 @@ class _Split:
     def __init__(self, field_type: enn.FieldType, split: Sequence[int] | None, split_by: str | None) -> None:
         validate_field_type(field_type)
         self.field_type = field_type
-        layout = block_layout(field_type, split_by, "EquivariantCoupling", _ALTERNATIVES)
+        layout = block_layout(field_type, split_by, "EquivariantCoupling")
         self.kept = layout.first_half() if split is None else _checked(split, len(layout.blocks))
         self.moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
         self.layout = layout
