@@ -26,7 +26,8 @@ class InvariantNormal(TorchDistribution):
 
     at every position independently, with :math:`Q` the change of basis to irreps, one scale :math:`\sigma` an irrep
     (in the order of ``field_type.irreps``) and the mean in the invariant subspace, given by its coordinates there
-    (one a trivial irrep). Learnable where ``loc`` and ``scale`` require gradients.
+    (one a trivial irrep). Learnable where ``loc`` and ``scale`` require gradients, as with every distribution of Pyro:
+    ``scale=pyro.param("scale", torch.ones(n), constraint=constraints.positive)``.
 
     Example::
 
