@@ -198,7 +198,7 @@ def test_layouts_are_invariant_subspaces():
     for name in ("C4", "D4", "SO3", "octahedral-regular"):
         kind = field_type(name)
         for split_by in ("fields", "irreps"):
-            layout = block_layout(kind, split_by, "", "")
+            layout = block_layout(kind, split_by, "")
             basis = np.eye(kind.size) if layout.basis is None else layout.basis
             for g in list(kind.testing_elements)[:10]:
                 turned = basis.T @ kind.representation(g) @ basis
