@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-__all__ = ["EquivarianceError"]
+__all__ = ["ConvergenceError", "EquivarianceError"]
+
+
+class ConvergenceError(RuntimeError):
+    """An iteration ended short of its tolerance: the message says by how much, for how many, and what to change."""
 
 
 class EquivarianceError(ValueError):

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed points of contractions, batched and certified, and their gradients: tensors and callables only."""
+
+from pyro_equiflow.solvers.adjoint import Adjoint, ImplicitAdjoint, UnrolledAdjoint, fixed_point
+from pyro_equiflow.solvers.iteration import Solution, Solver
+from pyro_equiflow.solvers.methods import Anderson, FixedPoint
+
+__all__ = [
+    "Adjoint",
+    "Anderson",
+    "FixedPoint",
+    "ImplicitAdjoint",
+    "Solution",
+    "Solver",
+    "UnrolledAdjoint",
+    "fixed_point",
+]

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that every solver shares: certified errors, a stopping rule for each sample, reports of failure."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_equiflow.errors import ConvergenceError
+
+__all__ = ["Map", "OnFailure", "Proposals", "Solution", "Solver", "event_norm"]
+
+Map = Callable[[Tensor, "Tensor | None"], Tensor]
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+class Solution(NamedTuple):
+    r"""What a solver found, sample by sample.
+
+    :ivar value: the root as found, shape ``(B, *event)``, no graph.
+    :ivar error: bound on the distance (2-norm over the event) to the true root, shape ``(B,)``, float64.
+    :ivar residual: :math:`|\phi(x) - x|` at ``value``, shape ``(B,)``, float64.
+    :ivar converged: whether ``error`` met the tolerance, shape ``(B,)``, bool.
+    :ivar steps: evaluations of :math:`\phi` spent on each sample, shape ``(B,)``, int64.
+    """
+
+    value: Tensor
+    error: Tensor
+    residual: Tensor
+    converged: Tensor
+    steps: Tensor
+
+
+def event_norm(x: Tensor) -> Tensor:
+    """2-norm over all but the first dimension, in float64: squares of small float32 numbers would vanish."""
+    return torch.linalg.vector_norm(_flat(x), dim=1, dtype=torch.float64)
+
+
+class Proposals(Protocol):
+    """Where to evaluate next: the part in which solvers differ. Rows are the samples still active."""
+
+    def propose(self, x: Tensor, f: Tensor, residual: Tensor) -> Tensor:
+        """The next points, from the last ones ``x``, their images ``f`` and residuals; shape ``(b, n)``."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Forgets all rows but these (indices)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    r"""Finds :math:`x^* = \phi(x^*)` for a batch of samples, where :math:`\phi` has Lipschitz constant :math:`c < 1`.
+
+    By Banach's theorem the root exists, is the only one, and
+
+    .. math:: |x - x^*| \le \frac{|\phi(x) - x|}{1 - c}
+
+    in the norm in which :math:`c` holds, here the 2-norm over the event. The **certified error** is that bound with
+    the rounding of :math:`\phi` counted in, :math:`(|\phi(x) - x| + k \epsilon s) / (1 - c)`,
+    :math:`s = \max(1, |x|)`; without it a residual that rounds to 0 would claim an exact root. A sample has converged
+    when its certified error is at most ``tolerance`` times :math:`s`: relative where :math:`|x| > 1`, absolute below.
+
+    A converged sample leaves the batch: :math:`\phi` is evaluated on the others only, and what it returns for one
+    sample enters no other. So a sample's result is the same to the last bit whatever its batch, if :math:`\phi` itself
+    rounds a sample alike in any batch (matrix products need not).
+
+    :param rounding: :math:`k`: how many machine epsilons, relative to :math:`s`, an evaluation of :math:`\phi` may be
+        off. A model of its rounding, not a proof: raise it for deep or badly scaled maps.
+    """
+
+    rounding: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rounding) and self.rounding >= 0):
+            raise ValueError(f"rounding: expected a number >= 0, found {self.rounding!r}")
+
+    @abstractmethod
+    def _proposals(self, lipschitz: float) -> Proposals:
+        """The rule of this solver, for one call of :meth:`solve`."""
+
+    def _headroom(self, lipschitz: float) -> float:
+        """How far above what rounding leaves the default tolerance has to stay for the iteration to get there."""
+        return 4.0
+
+    @torch.no_grad()
+    def solve(
+        self,
+        phi: Map,
+        x0: Tensor,
+        *,
+        lipschitz: float,
+        tolerance: float | None = None,
+        max_steps: int | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> Solution:
+        r"""Solves :math:`x = \phi(x)`, without a graph.
+
+        :param phi: ``phi(x, index)``: ``x`` has shape ``(b, *event)``, and ``index`` says which samples of the batch
+            its rows are: an int64 tensor of shape ``(b,)``, or ``None`` for all of them in order.
+        :param x0: where to start, shape ``(B, *event)``, float32 or float64.
+        :param lipschitz: an upper bound :math:`c` of the Lipschitz constant, in [0, 1).
+        :param tolerance: the relative certified error to reach; by default 1e-10, and where rounding allows less, in
+            float32, four times what it leaves: about ``1e-6 / (1 - c)`` (more for :class:`FixedPoint` at ``c > 0.94``).
+        :param max_steps: most evaluations a sample; by default 20 more than twice what the contraction guarantees for
+            the plain iteration, so that failing means that ``lipschitz`` is no bound or that :math:`\phi`
+            rounds coarsely.
+        :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that have not converged; the best point seen
+            is what they return.
+        :return: a :class:`Solution`.
+        :raises ValueError: an argument out of range, a tolerance below what the dtype can certify, a non-finite ``x0``,
+            or :math:`\phi` non-finite or of another shape or dtype there.
+        :raises ConvergenceError: a sample did not converge, with ``on_failure="raise"``.
+
+        References: Banach's fixed-point theorem; Behrmann et al., *Invertible residual networks* (arXiv 1811.00995).
+        """
+        tolerance = self._check(x0, lipschitz, tolerance, max_steps, on_failure)
+        slack = self.rounding * torch.finfo(x0.dtype).eps
+        x = _flat(x0.detach())
+        total = len(x)
+        value = x.clone()
+        relative, residual = (x.new_full((total,), math.inf, dtype=torch.float64) for _ in range(2))
+        steps = torch.zeros(total, dtype=torch.long, device=x.device)
+        active = torch.arange(total, device=x.device)
+        best, best_relative, best_residual = x, relative, residual
+        proposals = self._proposals(lipschitz)
+        step, limit = 0, max_steps or 0
+        while len(active):
+            step += 1
+            index = None if len(active) == total else active
+            image = phi(x.reshape(len(x), *x0.shape[1:]), index)
+            if step == 1:
+                _check_image(image, x0)
+            f = _flat(image)
+            found = event_norm(f - x)
+            scale = event_norm(x).clamp(min=1)
+            measured = (found / scale + slack) / (1 - lipschitz)
+            if not limit:
+                # c^n r <= (tolerance (1 - c) - k eps) s for the plain iteration, and s >= 1.
+                distance = found.max().item() / (tolerance * (1 - lipschitz) - slack)
+                guaranteed = math.log(max(distance, 1.0)) / -math.log(max(lipschitz, 1e-3))
+                limit = 2 * math.ceil(guaranteed) + 20
+            better = measured < best_relative
+            best = torch.where(better[:, None], x, best)
+            best_relative = torch.where(better, measured, best_relative)
+            best_residual = torch.where(better, found, best_residual)
+            leaving = best_relative <= tolerance
+            if step >= limit:
+                leaving = torch.ones_like(leaving)
+            if leaving.any():
+                gone = active[leaving]
+                value[gone], relative[gone], residual[gone] = (
+                    best[leaving],
+                    best_relative[leaving],
+                    best_residual[leaving],
+                )
+                steps[gone] = step
+                rows = (~leaving).nonzero()[:, 0]
+                active, best = active[rows], best[rows]
+                best_relative, best_residual = best_relative[rows], best_residual[rows]
+                x, f, found = x[rows], f[rows], found[rows]
+                proposals.keep(rows)
+            if len(active):
+                x = proposals.propose(x, f, found)
+        error = relative * event_norm(value).clamp(min=1)
+        solution = Solution(value.reshape(x0.shape), error, residual, relative <= tolerance, steps)
+        _report(solution, relative, tolerance, lipschitz, on_failure)
+        return solution
+
+    def _check(
+        self, x0: Tensor, lipschitz: float, tolerance: float | None, max_steps: int | None, on_failure: str
+    ) -> float:
+        if x0.dim() < 1 or x0.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"x0: expected float32 or float64 of shape (B, *event), found {x0.dtype} of {tuple(x0.shape)}"
+            )
+        if not 0 <= lipschitz < 1:
+            raise ValueError(
+                f"lipschitz: expected a bound in [0, 1), found {lipschitz!r}: only a contraction is solved"
+            )
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps: expected a positive integer or None, found {max_steps!r}")
+        if on_failure not in ("raise", "warn", "ignore"):
+            raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", found {on_failure!r}')
+        floor = self.rounding * torch.finfo(x0.dtype).eps / (1 - lipschitz)
+        if tolerance is None:
+            tolerance = max(1e-10, self._headroom(lipschitz) * max(floor, torch.finfo(x0.dtype).eps / (1 - lipschitz)))
+        elif not floor < tolerance < math.inf:
+            raise ValueError(
+                f"tolerance: expected above {floor:.1e}, which is what rounding leaves in {x0.dtype} with "
+                f"lipschitz={lipschitz:g}, found {tolerance!r}: raise it or use float64"
+            )
+        finite = torch.isfinite(_flat(x0)).all(dim=1)
+        if not finite.all():
+            raise ValueError(f"x0: expected finite values, found {_count(~finite)} that are not")
+        return tolerance
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def _count(flags: Tensor) -> str:
+    return f"{int(flags.sum())} of {len(flags)} samples (first: {int(flags.nonzero()[0, 0])})"
+
+
+def _check_image(image: Tensor, x0: Tensor) -> None:
+    if image.shape != x0.shape or image.dtype != x0.dtype:
+        raise ValueError(
+            f"phi: expected {x0.dtype} of shape {tuple(x0.shape)} as x0, found {image.dtype} of {tuple(image.shape)}"
+        )
+    finite = torch.isfinite(_flat(image)).all(dim=1)
+    if not finite.all():
+        raise ValueError(
+            f"phi: expected finite values at x0, found {_count(~finite)} that are not: look at the weights"
+        )
+
+
+def _report(solution: Solution, relative: Tensor, tolerance: float, lipschitz: float, on_failure: OnFailure) -> None:
+    if on_failure == "ignore" or solution.converged.all():
+        return
+    worst = int(relative.argmax())
+    message = (
+        f"{_count(~solution.converged)} did not converge in {int(solution.steps.max())} steps: worst residual "
+        f"{solution.residual[worst].item():.2e}, certified error {solution.error[worst].item():.2e}, relative "
+        f"{relative[worst].item():.2e}, expected at most tolerance={tolerance:.2e} with lipschitz={lipschitz:g}. "
+        "Raise max_steps or tolerance, use float64, or a smaller Lipschitz coefficient; if max_steps was not set, "
+        "check that lipschitz does bound the map"
+    )
+    if on_failure == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
