@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every log-det estimator takes and gives, and the bounds that hold for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Estimator",
+    "LogDet",
+    "Pass",
+    "check_call",
+    "check_positive",
+    "forward_pass",
+    "power_series_remainder",
+    "range_error",
+    "rounding_allowance",
+]
+
+
+class LogDet(NamedTuple):
+    r"""What an estimator found, a sample; every tensor but ``output`` has shape ``(B,)``.
+
+    :ivar value: :math:`\log|\det(I + J_f(x))|` or its estimate, with gradients to ``x`` and ``tensors``.
+    :ivar error: a bound on ``|value - exact|`` that always holds as long as ``lipschitz`` does; no gradient. Where
+        probes are random it is as wide as the range of values that the Lipschitz constant allows: see ``stderr``.
+    :ivar stderr: standard error over the probes, of an estimate's random part; 0 where nothing is random, NaN for a
+        single probe; no gradient.
+    :ivar output: ``fn(x, *tensors)``, from the same pass.
+    """
+
+    value: Tensor
+    error: Tensor
+    stderr: Tensor
+    output: Tensor
+
+
+class Estimator(Protocol):
+    r"""Anything that estimates :math:`\log|\det(I + J_f(x))|` a sample.
+
+    :param fn: a map on plain tensors, ``fn(x, *tensors)``, from ``(B, *event)`` to ``(B, *event)``; the samples of a
+        batch do not see each other.
+    :param x: shape ``(B, *event)``, float32 or float64.
+    :param tensors: what else ``fn`` takes. Gradients reach these, ``x``, and parameters that ``fn`` closes over.
+    :param lipschitz: a bound below 1 on the Lipschitz constant of ``fn`` in ``x``.
+    :param training: whether random numbers come from torch's global generator; otherwise they are the same at
+        every call and the global generator is left alone.
+    :return: :class:`LogDet`.
+    :raises ValueError: ``lipschitz`` outside (0, 1), ``x`` without an event dimension, or another shape out of
+        ``fn`` than into it.
+    :raises TypeError: ``x`` is not floating-point.
+    """
+
+    def __call__(
+        self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
+    ) -> LogDet: ...
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, found {value!r}")
+
+
+def check_call(x: Tensor, lipschitz: float) -> None:
+    """Raises unless ``x`` is a batch of floating-point events and ``lipschitz`` lies in (0, 1)."""
+    if not 0.0 < lipschitz < 1.0:
+        raise ValueError(
+            f"lipschitz: expected a bound inside (0, 1), found {lipschitz}; I + J need not be invertible otherwise: "
+            "scale fn down"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, found {x.dtype}; convert it with .to()")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape (B, *event), found {tuple(x.shape)}; add a batch dimension")
+
+
+class Pass(NamedTuple):
+    """One forward pass of ``fn`` to differentiate.
+
+    :ivar x: the input, which requires grad.
+    :ivar y: ``fn(x, *tensors)``.
+    :ivar sources: all that the caller may differentiate by: ``x``, ``tensors`` and leaves that ``fn`` closes over.
+    :ivar keep: whether the caller's graph goes on through the result.
+    """
+
+    x: Tensor
+    y: Tensor
+    sources: tuple[Tensor, ...]
+    keep: bool
+
+
+@contextmanager
+def forward_pass(fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor]) -> Iterator[Pass]:
+    """Runs ``fn``; inside the context gradients are on.
+
+    Jacobians are needed under ``torch.no_grad()`` and ``torch.inference_mode()`` as well.
+    """
+    enabled, given = torch.is_grad_enabled(), x
+    with torch.inference_mode(False), torch.enable_grad():
+        # Autograd saves no inference tensor; a clone made here is an ordinary one.
+        x = x.clone() if x.is_inference() else x
+        tensors = [t.clone() if t.is_inference() else t for t in tensors]
+        if not enabled:
+            tensors = [t.detach() for t in tensors]
+        if not (enabled and x.requires_grad):
+            x = x.detach().requires_grad_()
+        y = fn(x, *tensors)
+        if y.shape != x.shape:
+            raise ValueError(f"fn: expected an output of shape {tuple(x.shape)} as its input, found {tuple(y.shape)}")
+        leaves = _closed_over(y, (x, *tensors)) if enabled else ()
+        keep = enabled and (given.requires_grad or bool(leaves) or any(t.requires_grad for t in tensors))
+        yield Pass(x, y, (x, *tensors, *leaves), keep)
+
+
+def _closed_over(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Leaves of ``y``'s graph not reached through ``inputs``: a module that is not expanded holds its parameters."""
+    seen = {t.grad_fn for t in inputs} | {None}
+    leaves = []
+    open_nodes = [y.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and all(leaf is not t for t in inputs):
+            leaves.append(leaf)
+        open_nodes.extend(following for following, _ in node.next_functions)
+    return tuple(leaves)
+
+
+def power_series_remainder(event_size: int, lipschitz: float, terms: int) -> float:
+    r"""Bound on what a power series of the log-det leaves out after ``terms`` terms.
+
+    .. math:: \Big|\sum_{k>n} \frac{(-1)^{k+1}}{k} \operatorname{tr} J^k\Big| \le \frac{D c^{n+1}}{(n+1)(1-c)}
+
+    :param event_size: :math:`D`, number of entries of an event.
+    :param lipschitz: :math:`c`.
+    :param terms: :math:`n`.
+    """
+    return event_size * lipschitz ** (terms + 1) / ((terms + 1) * (1 - lipschitz))
+
+
+def range_error(value: Tensor, event_size: int, lipschitz: float) -> Tensor:
+    """Largest distance from ``value`` to what the exact log-det can be.
+
+    The singular values of ``I + J`` lie between ``1 - c`` and ``1 + c``.
+    """
+    low, high = event_size * math.log1p(-lipschitz), event_size * math.log1p(lipschitz)
+    return torch.maximum(value.detach() - low, high - value.detach())
+
+
+def rounding_allowance(event_size: int, lipschitz: float, dtype: torch.dtype) -> float:
+    """Allowance for rounding: entries of ``J`` wrong by some ulp, and ``|d logdet| <= D |dJ| / (1 - c)``."""
+    return 32 * torch.finfo(dtype).eps * event_size / (1 - lipschitz)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which log-det estimator, where nobody chose one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_equiflow.logdet.base import Estimator, LogDet, check_positive
+from pyro_equiflow.logdet.exact import Exact
+from pyro_equiflow.logdet.series import PowerSeries, RussianRoulette
+
+__all__ = ["ByMode", "default_estimator"]
+
+# Forward and backward of a 128-128 sine network on one core, exact against roulette: 0.3 times its cost with 2
+# entries, 1.5 with 16, 2.6 with 32, 4 with 64. Up to 16 the missing noise is worth the price.
+EXACT_IN_TRAINING = 16
+# One reverse pass an entry without a graph; a Jacobian of 1024 takes 4 MB a sample in float32.
+EXACT_IN_EVALUATION = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByMode:
+    """One estimator in training, another outside it.
+
+    :param training: called with ``training=True``.
+    :param evaluation: called with ``training=False``.
+    """
+
+    training: Estimator
+    evaluation: Estimator
+
+    def __call__(
+        self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
+    ) -> LogDet:
+        """What the mode's estimator says. See :class:`Estimator`."""
+        estimator = self.training if training else self.evaluation
+        return estimator(fn, x, tensors, lipschitz=lipschitz, training=training)
+
+
+def default_estimator(event_size: int) -> Estimator:
+    """The estimator for an event of ``event_size`` entries.
+
+    In training exact where that costs little more than Russian roulette, up to 16 entries, and unbiased beyond. Outside
+    training always deterministic: exact up to 1024 entries, whose error bound is one of rounding only; beyond, a power
+    series with 16 fixed probes, whose bound is the range that the Lipschitz constant allows and whose ``stderr`` tells
+    the likely error. For a tight bound there pass ``Exact()`` and pay its cost, one reverse pass an entry.
+
+    :param event_size: number of entries of one event.
+    :raises ValueError: ``event_size`` is not a positive integer.
+    """
+    check_positive("event_size", event_size)
+    if event_size <= EXACT_IN_TRAINING:
+        return Exact()
+    fixed = Exact() if event_size <= EXACT_IN_EVALUATION else PowerSeries(probes=16)
+    return ByMode(training=RussianRoulette(), evaluation=fixed)

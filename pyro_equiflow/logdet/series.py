@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-dets by the power series of the logarithm: truncated, and unbiased by Russian roulette."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_equiflow.logdet.base import (
+    LogDet,
+    Pass,
+    check_call,
+    check_positive,
+    forward_pass,
+    power_series_remainder,
+    range_error,
+    rounding_allowance,
+)
+from pyro_equiflow.logdet.exact import dense_jacobian
+from pyro_equiflow.logdet.probes import DISTRIBUTIONS, geometric, probe_vectors
+
+__all__ = ["PowerSeries", "RussianRoulette"]
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(t) for t in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "second derivatives of a log-det estimated with random probes are not available: the gradient itself is "
+            "an estimate, and its derivative would be wrong; use logdet.Exact(), or PowerSeries(probes=None)"
+        )
+
+
+class _Frozen(torch.autograd.Function):
+    """``left`` as a constant to the first derivative, and an error to the second.
+
+    It depends on all that ``fn`` does, so differentiating the gradient once more with it held fixed would be
+    silently wrong. The zeros added to every gradient lead a second derivative here, to the error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return left.view_as(left)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        inputs = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return (None,) * (1 + len(inputs))
+        return (None, *_Refused.apply(*inputs))
+
+
+def _column(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.view(-1, *(1,) * (like.dim() - 1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
+    """The sum of ``w_k (-1)^(k+1) v^T J^k v / k`` over ``k = 1 .. n``, ``weights`` of shape ``(n, B)``.
+
+    The gradient is that of ``left^T J v``, where ``left^T``, the sum of ``w_k (-1)^(k+1) v^T J^(k-1)``, is held fixed:
+    by ``d tr J^k = k tr(J^(k-1) dJ)`` it has the mean of the value's gradient, and its graph is that of one
+    vector-Jacobian product however many terms there are. The graph stays one of samples, so each sample's
+    upstream gradient meets its own term.
+    """
+    x, y, sources, keep = run
+    total = x.new_zeros(x.shape[0])
+    if not y.requires_grad:
+        return total
+    power, left = probe, torch.zeros_like(probe)
+    for k, weight in enumerate(weights, 1):
+        weight = weight if k % 2 else -weight
+        if keep:
+            left = left + _column(weight, x) * power
+        (power,) = torch.autograd.grad(y, x, power, retain_graph=True, materialize_grads=True)
+        total = total + weight / k * _dot(power, probe)
+    if keep:
+        frozen = _Frozen.apply(left, *sources)
+        (row,) = torch.autograd.grad(y, x, frozen, create_graph=True, materialize_grads=True)
+        surrogate = _dot(row, probe)
+        total = total + (surrogate - surrogate.detach())
+    return total
+
+
+def _summary(values: list[Tensor], run: Pass, size: int, lipschitz: float) -> LogDet:
+    y = run.y
+    stacked = torch.stack(values)
+    value = stacked.mean(0)
+    if len(values) > 1:
+        stderr = stacked.detach().std(0) / math.sqrt(len(values))
+    else:
+        stderr = torch.full_like(value, math.nan, requires_grad=False)
+    if not run.keep:
+        value, y = value.detach(), y.detach()
+    return LogDet(value, range_error(value, size, lipschitz), stderr, y)
+
+
+def _check_distribution(distribution: str) -> None:
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: expected one of {DISTRIBUTIONS}, found {distribution!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSeries:
+    r"""The log-determinant by its truncated power series.
+
+    .. math:: \log|\det(I + J)| = \sum_{k=1}^{n} \frac{(-1)^{k+1}}{k} \operatorname{tr} J^k + R_n, \qquad
+        |R_n| \le \frac{D c^{n+1}}{(n+1)(1-c)}
+
+    With ``probes=None`` the traces are exact, :math:`D` unit probes that share one dense Jacobian: the value is
+    deterministic, its error at most the remainder and an allowance for rounding, :math:`32\, \epsilon D / (1 - c)`, and
+    its gradient, to any order, that of the truncated sum.
+
+    With random probes, :math:`\operatorname{tr} J^k` is estimated by :math:`v^\top J^k v`, a vector-Jacobian product a
+    term. The gradient, estimated with the same probes, is right on average for the truncated sum; it is not that of the
+    very value drawn. It takes the memory of one product; second derivatives are refused. The ``error`` that always
+    holds is then only the range that :math:`c` allows, :math:`D\log(1-c)` to :math:`D\log(1+c)`, as seen from the
+    value; ``stderr`` tells the likely error of the probes, without the remainder. Outside training the probes are the
+    same at every call and for every sample: the value is deterministic, but its error does not average out over
+    samples, and the fixed probes are not symmetric under a group.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.logdet import PowerSeries
+        >>> estimator = PowerSeries(terms=30, probes=None)
+        >>> found = estimator(lambda x: 0.5 * x, torch.randn(4, 2), (), lipschitz=0.5, training=False)
+        >>> found.value.exp()  # 1.5 ** 2
+        tensor([2.2500, 2.2500, 2.2500, 2.2500])
+
+    :param terms: :math:`n`; ``None`` for the fewest whose remainder is at most ``tolerance`` times :math:`D`.
+    :param probes: number of random probes, or ``None`` for exact traces.
+    :param distribution: ``"rademacher"`` or ``"gaussian"`` probes.
+    :param tolerance: remainder allowed an entry of the event where ``terms`` is ``None``, in nats.
+    :param rows: rows of the dense Jacobian found at once, where ``probes`` is ``None``: see :class:`Exact`.
+    :raises ValueError: an argument out of range. For what a call raises, see :class:`Estimator`; second derivatives
+        with random probes raise ``RuntimeError``.
+
+    References: Behrmann et al., Invertible Residual Networks, arXiv 1811.00995; the gradient: Chen et al., Residual
+    Flows for Invertible Generative Modeling, arXiv 1906.02735.
+    """
+
+    terms: int | None = None
+    probes: int | None = 1
+    distribution: str = "rademacher"
+    tolerance: float = 1e-3
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.terms is not None:
+            check_positive("terms", self.terms)
+        if self.probes is not None:
+            check_positive("probes", self.probes)
+        check_positive("rows", self.rows)
+        _check_distribution(self.distribution)
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance: expected a positive number, found {self.tolerance}")
+
+    def terms_for(self, lipschitz: float) -> int:
+        """Number of terms used at a Lipschitz bound."""
+        if self.terms is not None:
+            return self.terms
+        terms = 1
+        while power_series_remainder(1, lipschitz, terms) > self.tolerance:
+            terms += 1
+        return terms
+
+    def __call__(
+        self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
+    ) -> LogDet:
+        """The truncated series at ``x``. See :class:`Estimator`."""
+        check_call(x, lipschitz)
+        terms = self.terms_for(lipschitz)
+        size = x.shape[1:].numel()
+        remainder = power_series_remainder(size, lipschitz, terms)
+        with forward_pass(fn, x, tensors) as run:
+            x, y, _, keep = run
+            if self.probes is not None:
+                weights = x.new_ones(terms, x.shape[0])
+                probes = probe_vectors(self.probes, x, self.distribution, training)
+                return _summary([_probed_series(run, probe, weights) for probe in probes], run, size, lipschitz)
+            value = _trace_series(dense_jacobian(y, x, self.rows, create_graph=keep), terms)
+            if not keep:
+                value, y = value.detach(), y.detach()
+        bound = remainder + rounding_allowance(size, lipschitz, x.dtype)
+        error = torch.full_like(value, bound, requires_grad=False)
+        return LogDet(value, error, torch.zeros_like(error), y)
+
+
+def _trace_series(jacobian: Tensor, terms: int) -> Tensor:
+    power, value = jacobian, jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    for k in range(2, terms + 1):
+        # The last power is needed for its trace only, but one product is little among the others.
+        power = power @ jacobian
+        value = value + (-1) ** (k + 1) / k * power.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RussianRoulette:
+    r"""An unbiased estimate of the log-determinant, with an unbiased gradient.
+
+    .. math:: \sum_{k=1}^{m+N} \frac{w_k (-1)^{k+1}}{k} v^\top J^k v, \qquad
+        w_k = \frac{1}{P(N \ge k - m)} = (1-p)^{-\max(k-m, 0)}
+
+    with :math:`m` terms always, :math:`N \ge 0` more, geometric, drawn a sample, and a random probe :math:`v`. Its
+    gradient is estimated by the Neumann series, with the same :math:`N` and :math:`v`:
+    :math:`\sum_k w_k (-1)^{k+1} v^\top J^{k-1} (dJ) v`. The terms of both are summed in the forward pass; what is kept
+    for the backward pass is the graph of one vector-Jacobian product, whatever :math:`N` is, and each sample is
+    weighed by its own upstream gradient. Second derivatives are refused.
+
+    The variance is finite wherever :math:`p < 1 - \rho^2`, :math:`\rho` the spectral radius of :math:`J`, so certainly
+    for :math:`p < 1 - c^2`: with ``lipschitz`` near 1 choose a smaller ``probability``. The ``error`` that always holds
+    is only the range that :math:`c` allows, :math:`D\log(1-c)` to :math:`D\log(1+c)`, as seen from the value; see
+    ``stderr``. Outside training the draws are the same at every call and for every sample.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.logdet import RussianRoulette
+        >>> x = torch.zeros(2000, 2)
+        >>> found = RussianRoulette()(lambda x: 0.5 * x, x, (), lipschitz=0.5, training=True)
+        >>> abs(found.value.mean().exp() - 1.5**2).item() < 0.01
+        True
+
+    :param exact_terms: :math:`m`, terms that are always there.
+    :param probability: :math:`p`, of stopping after each further term, inside (0, 1).
+    :param probes: number of probes, each with its own :math:`N`.
+    :param distribution: ``"rademacher"`` or ``"gaussian"`` probes.
+    :raises ValueError: an argument out of range. For what a call raises, see :class:`Estimator`; second derivatives
+        raise ``RuntimeError``.
+
+    References: Chen et al., Residual Flows for Invertible Generative Modeling, arXiv 1906.02735.
+    """
+
+    exact_terms: int = 10
+    probability: float = 0.5
+    probes: int = 1
+    distribution: str = "rademacher"
+
+    def __post_init__(self) -> None:
+        check_positive("exact_terms", self.exact_terms)
+        check_positive("probes", self.probes)
+        _check_distribution(self.distribution)
+        if not 0.0 < self.probability < 1.0:
+            raise ValueError(f"probability: expected a number inside (0, 1), found {self.probability}")
+
+    def __call__(
+        self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
+    ) -> LogDet:
+        """An unbiased estimate at ``x``. See :class:`Estimator`."""
+        check_call(x, lipschitz)
+        size = x.shape[1:].numel()
+        with forward_pass(fn, x, tensors) as run:
+            probes = probe_vectors(self.probes, x, self.distribution, training)
+            more = geometric(self.probes, x, self.probability, training)
+            values = [_probed_series(run, probe, self._weights(extra, x.dtype)) for probe, extra in zip(probes, more)]
+            return _summary(values, run, size, lipschitz)
+
+    def _weights(self, extra: Tensor, dtype: torch.dtype) -> Tensor:
+        last = int(extra.max()) if extra.numel() else 0
+        beyond = torch.arange(1 - self.exact_terms, last + 1, device=extra.device)[:, None]
+        weights = (1 - self.probability) ** -beyond.clamp(min=0).double()
+        return (weights * (extra >= beyond)).to(dtype)

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-det estimators against autograd's dense Jacobian."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from torch.func import jacrev, vmap
+
+from pyro_equiflow.logdet import ByMode, Exact, LogDet, PowerSeries, RussianRoulette, default_estimator
+
+ESTIMATORS = {
+    "exact": Exact(),
+    "traces": PowerSeries(terms=8, probes=None),
+    "series": PowerSeries(terms=8, probes=2),
+    "gaussian": PowerSeries(terms=8, probes=1, distribution="gaussian"),
+    "roulette": RussianRoulette(exact_terms=2, probes=2),
+    "default": default_estimator(6),
+    "default_large": default_estimator(5000),
+}
+RANDOM = ["series", "gaussian", "roulette", "default_large"]
+C = 0.6
+
+
+def net(x, *tensors):
+    """A sine network; weights may carry a leading dimension of samples."""
+    for i in range(0, len(tensors), 2):
+        x = torch.einsum("...oi,...i->...o", tensors[i], x) + tensors[i + 1]
+        x = torch.sin(x) if i + 2 < len(tensors) else x
+    return x
+
+
+def weights(sizes, c=C, dtype=torch.float64):
+    """Weights of a network whose Lipschitz constant is at most ``c``: the product of the layers' norms."""
+    tensors = []
+    for inside, outside in zip(sizes, sizes[1:]):
+        matrix = torch.randn(outside, inside, dtype=torch.float64)
+        matrix *= c ** (1 / (len(sizes) - 1)) / torch.linalg.matrix_norm(matrix, 2)
+        tensors += [matrix.to(dtype), torch.randn(outside, dtype=torch.float64).to(dtype)]
+    return [t.requires_grad_() for t in tensors]
+
+
+def reference(fn, x, tensors):
+    jacobian = vmap(jacrev(lambda z: fn(z[None], *tensors)[0]))(x)
+    size = x[0].numel()
+    return torch.linalg.slogdet(jacobian.reshape(-1, size, size) + torch.eye(size, dtype=x.dtype)).logabsdet
+
+
+def gradients(value, *inputs, **options):
+    return torch.autograd.grad(value, inputs, **options)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_exact(size, rows):
+    tensors = weights([size, 8, 8, size], 0.9)
+    x = torch.randn(5, size, dtype=torch.float64, requires_grad=True)
+    found = Exact(rows=rows)(net, x, tensors, lipschitz=0.9, training=True)
+    expected = reference(net, x, tensors)
+    torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.output, net(x, *tensors), rtol=0, atol=0)
+    upstream = torch.arange(1.0, 6.0, dtype=torch.float64)
+    # The last bias moves no Jacobian.
+    inputs = (x, *tensors[:-1])
+    for ours, theirs in zip(
+        gradients((found.value * upstream).sum(), *inputs), gradients((expected * upstream).sum(), *inputs)
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_exact_gradcheck():
+    tensors = weights([3, 4, 3])
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def value(x, *tensors):
+        found = Exact()(net, x, tensors, lipschitz=C, training=True)
+        return found.value, found.output
+
+    assert torch.autograd.gradcheck(value, (x, *tensors))
+    assert torch.autograd.gradgradcheck(value, (x, *tensors))
+
+
+def test_events_of_any_shape():
+    """Convolutions on small images; a volume of one channel."""
+    for kernel, event in ((torch.randn(2, 2, 3, 3), (2, 3, 3)), (torch.randn(1, 1, 3, 3, 3), (1, 2, 2, 2))):
+        kernel = 0.5 * kernel.double() / kernel.abs().sum()
+        convolve = torch.nn.functional.conv2d if kernel.dim() == 4 else torch.nn.functional.conv3d
+
+        def fn(x, kernel, convolve=convolve):
+            return torch.sin(convolve(x, kernel, padding=1))
+
+        x = torch.randn(3, *event, dtype=torch.float64)
+        expected = reference(fn, x, (kernel,))
+        for estimator in (Exact(), Exact(rows=5), PowerSeries(terms=60, probes=None)):
+            found = estimator(fn, x, (kernel,), lipschitz=0.5, training=False)
+            torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-10)
+            assert found.output.shape == x.shape
+        for estimator in (PowerSeries(terms=5), RussianRoulette()):
+            found = estimator(fn, x, (kernel,), lipschitz=0.5, training=True)
+            assert ((found.value - expected).abs() <= found.error).all()
+
+
+@pytest.mark.parametrize("c", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 16])
+def test_error_bounds_hold(size, c):
+    """50 random maps a case, 1000 trials in all, some of them where the remainder's bound is nearly met."""
+    matrices = torch.randn(50, size, size, dtype=torch.float64)
+    matrices *= c / torch.linalg.matrix_norm(matrices, 2)[:, None, None]
+    matrices[:5] = -c * torch.eye(size)
+    matrices[5:10] = c * torch.eye(size)
+    matrices[10:20] = c * torch.linalg.qr(matrices[10:20]).Q
+    x = torch.randn(50, size, dtype=torch.float64)
+
+    def fn(x, matrices):
+        return torch.einsum("bij,bj->bi", matrices, x.sin())
+
+    jacobians = matrices * x.cos()[:, None]
+    expected = torch.linalg.slogdet(jacobians + torch.eye(size)).logabsdet
+    for terms in (1, 2, 5, 20, None):
+        estimator = PowerSeries(terms=terms, probes=None)
+        found = estimator(fn, x, (matrices,), lipschitz=c, training=False)
+        assert ((found.value - expected).abs() <= found.error).all()
+        n = estimator.terms_for(c)
+        # No wider than stated, but for the allowance for rounding.
+        torch.testing.assert_close(
+            found.error, torch.full_like(expected, size * c ** (n + 1) / ((n + 1) * (1 - c))), rtol=1e-9, atol=1e-10
+        )
+        if terms is None:
+            assert (found.error <= 1.0001e-3 * size).all()
+    for estimator in (Exact(), default_estimator(size), PowerSeries(terms=5), RussianRoulette()):
+        for dtype in (torch.float64, torch.float32):
+            found = estimator(fn, x.to(dtype), (matrices.to(dtype),), lipschitz=c, training=False)
+            assert found.value.dtype == found.error.dtype == dtype
+            assert ((found.value.double() - expected).abs() <= found.error.double()).all()
+
+
+def test_error_bound_is_nearly_met():
+    """At ``J = -c I`` every term of the remainder has the same sign: the bound is no idle one."""
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    found = PowerSeries(terms=20, probes=None)(lambda x: -0.5 * x, x, (), lipschitz=0.5, training=False)
+    assert 0.9 < (found.value.item() - 4 * math.log(0.5)) / found.error.item() <= 1
+
+
+def test_trace_gradient_is_the_truncated_sums():
+    """With the unit probes' matrix powers spelled out."""
+    tensors = weights([3, 5, 3])
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    found = PowerSeries(terms=3, probes=None)(net, x, tensors, lipschitz=C, training=True)
+    jacobian = vmap(jacrev(lambda z: net(z[None], *tensors)[0]))(x)
+    powers = [jacobian, jacobian @ jacobian, jacobian @ jacobian @ jacobian]
+    traces = [power.diagonal(dim1=-2, dim2=-1).sum(-1) for power in powers]
+    expected = traces[0] - traces[1] / 2 + traces[2] / 3
+    inputs = (x, *tensors[:-1])
+    for ours, theirs in zip(gradients(found.value.sum(), *inputs), gradients(expected.sum(), *inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def within_standard_errors(draws, expected, count=4.0):
+    """Means over the first dimension; entries without any spread have to agree."""
+    mean, stderr = draws.mean(0), draws.std(0) / len(draws) ** 0.5
+    assert ((mean - expected).abs() <= count * stderr + 1e-12).all(), ((mean - expected) / stderr).abs().max()
+    return stderr
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        RussianRoulette(exact_terms=1, probability=0.4),
+        RussianRoulette(exact_terms=3, distribution="gaussian"),
+        RussianRoulette(exact_terms=1, probability=0.3, probes=2),
+    ],
+    ids=["rademacher", "gaussian", "two_probes"],
+)
+def test_roulette_is_unbiased(estimator):
+    """20,000 draws at once: a sample a draw, weights a sample, so every draw has its own gradient.
+
+    ``1 - probability > c^2``, so variances are finite.
+    """
+    draws = 20_000
+    tensors = weights([2, 4, 2])
+    x = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
+    exact = reference(net, x, tensors)
+    expected = gradients(exact.sum(), x, *tensors[:-1])
+    copies = [t.detach().expand(draws, *t.shape).clone().requires_grad_() for t in tensors]
+    many = x.detach().expand(draws, 2).clone().requires_grad_()
+    found = estimator(net, many, copies, lipschitz=C, training=True)
+    stderr = within_standard_errors(found.value.detach(), exact.detach())
+    assert 0 < stderr < 0.02
+    for draw, mean in zip(gradients(found.value.sum(), many, *copies[:-1]), expected):
+        spread = within_standard_errors(draw, mean.reshape(draw.shape[1:]))
+        assert (spread < 0.05).all()
+
+
+@pytest.mark.parametrize(
+    "estimator", [RussianRoulette(exact_terms=2), PowerSeries(terms=25)], ids=["roulette", "series"]
+)
+def test_each_sample_is_weighed_by_its_own_gradient(estimator):
+    """Upstream weights 1 to 5; the draws are copies of the batch of five."""
+    draws, batch = 4000, 5
+    tensors = weights([2, 4, 2])
+    x = torch.randn(batch, 2, dtype=torch.float64)
+    upstream = torch.arange(1.0, 6.0, dtype=torch.float64)
+    exact = reference(net, x, tensors)
+    expected = gradients((upstream * exact).sum(), *tensors[:-1], retain_graph=True)
+    first_only = gradients((upstream[0] * exact).sum(), *tensors[:-1])
+    copies = [t.detach().expand(draws, *t.shape).clone().requires_grad_() for t in tensors]
+
+    def fn(x, *tensors):
+        return net(x, *(t.repeat_interleave(batch, 0) for t in tensors))
+
+    value = estimator(fn, x.repeat(draws, 1), copies, lipschitz=C, training=True).value
+    worst = 0.0
+    for draw, right, wrong in zip(
+        gradients((upstream.repeat(draws) * value).sum(), *copies[:-1]), expected, first_only
+    ):
+        stderr = within_standard_errors(draw, right)
+        worst = max(worst, ((wrong - right).abs() / stderr).max().item())
+    assert worst > 20  # So the test tells them apart.
+
+
+def test_upstream_weights_act_sample_by_sample():
+    """With the same draws, gradients are linear in the upstream weights, each sample's its own."""
+    tensors = weights([3, 4, 3])
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def gradient(upstream):
+        torch.manual_seed(3)
+        value = RussianRoulette()(net, x, tensors, lipschitz=C, training=True).value
+        return gradients(value @ upstream, x, tensors[0])
+
+    one_by_one = [gradient(row) for row in torch.eye(5, dtype=torch.float64)]
+    together = gradient(torch.arange(1.0, 6.0, dtype=torch.float64))
+    for i, whole in enumerate(together):
+        torch.testing.assert_close(whole, sum((k + 1) * g[i] for k, g in enumerate(one_by_one)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "few, many",
+    [(PowerSeries(terms=2), PowerSeries(terms=40)), (RussianRoulette(), RussianRoulette(probability=0.05))],
+    ids=["series", "roulette"],
+)
+def test_memory_does_not_grow_with_terms(few, many):
+    tensors = weights([6, 8, 6])
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def saved(estimator):
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            estimator(net, x, tensors, lipschitz=C, training=True)
+        return count
+
+    assert saved(few) == saved(many) > 0
+
+
+def test_stderr_is_the_spread_over_probes():
+    tensors = [t.detach() for t in weights([4, 6, 4])]
+    x = torch.randn(1, 4, dtype=torch.float64).expand(2000, 4)
+    found = PowerSeries(terms=20, probes=8)(net, x, tensors, lipschitz=C, training=True)
+    exact = reference(net, x[:1], tensors)
+    assert abs(found.stderr.square().mean().sqrt() / (found.value - exact).square().mean().sqrt() - 1) < 0.1
+    assert PowerSeries(terms=2)(net, x, tensors, lipschitz=C, training=True).stderr.isnan().all()
+    assert (Exact()(net, x, tensors, lipschitz=C, training=True).stderr == 0).all()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_evaluation_is_deterministic(name):
+    estimator = ESTIMATORS[name]
+    tensors = weights([6, 8, 6], dtype=torch.float32)
+    x = torch.randn(4, 6, requires_grad=True)
+    state = torch.get_rng_state()
+    first = estimator(net, x, tensors, lipschitz=C, training=False)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    second = estimator(net, x, tensors, lipschitz=C, training=False)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second))
+    for a, b in zip(gradients(first.value.sum(), x, *tensors[:-1]), gradients(second.value.sum(), x, *tensors[:-1])):
+        assert torch.equal(a, b)
+    # A sample's value does not hang on the batch that it comes in, but for the order of sums.
+    alone = estimator(net, x[2:3], tensors, lipschitz=C, training=False)
+    torch.testing.assert_close(alone.value, first.value[2:3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_training_draws_follow_the_seed(name):
+    estimator = ESTIMATORS[name]
+    tensors = weights([6, 8, 6])
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def draw(seed):
+        pyro.set_rng_seed(seed)
+        return estimator(net, x, tensors, lipschitz=C, training=True).value
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_gradient_modes(name):
+    """Values are the same with gradients on and off; a graph is there where the caller's is, and only there."""
+    estimator = ESTIMATORS[name]
+    tensors = weights([6, 8, 6])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    found = estimator(net, x, tensors, lipschitz=C, training=False)
+    assert isinstance(found, LogDet)
+    assert found.value.requires_grad and found.output.requires_grad
+    assert not found.error.requires_grad and not found.stderr.requires_grad
+    assert not x.requires_grad and x.grad is None
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            silent = estimator(net, x + 0, tensors, lipschitz=C, training=False)
+        assert not silent.value.requires_grad and not silent.output.requires_grad
+        torch.testing.assert_close(silent.value, found.value.detach(), rtol=0, atol=1e-12)
+    plain = estimator(net, x, [t.detach() for t in tensors], lipschitz=C, training=False)
+    assert not plain.value.requires_grad and not plain.output.requires_grad
+    # Parameters that the function closes over, as a module that is not expanded does.
+    closed = estimator(lambda z: net(z, *tensors), x, (), lipschitz=C, training=False)
+    for a, b in zip(gradients(closed.value.sum(), *tensors[:-1]), gradients(found.value.sum(), *tensors[:-1])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_maps_that_ignore_their_input(name):
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    for fn in (lambda x, t: t.expand_as(x), lambda x, t: torch.zeros_like(x), lambda x, t: 0 * x + t):
+        found = ESTIMATORS[name](fn, x, (shift,), lipschitz=C, training=True)
+        assert (found.value == 0).all()
+        (found.value.sum() + found.output.sum() + x.sum()).backward()
+        assert torch.equal(x.grad, torch.ones_like(x))
+        x.grad = None
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["given", "closed_over"])
+@pytest.mark.parametrize("name", RANDOM)
+def test_second_derivatives_of_estimates_are_refused(name, closed):
+    tensors = weights([6, 8, 6])
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    fn, given = (lambda z: net(z, *tensors), ()) if closed else (net, tensors)
+    found = ESTIMATORS[name](fn, x, given, lipschitz=C, training=True)
+    for by in (x, tensors[0]):
+        (gradient,) = gradients((found.value + found.output.sum(-1)).sum(), by, create_graph=True)
+        for again in (x, tensors[0], tensors[3]):
+            with pytest.raises(RuntimeError, match="second derivatives"):
+                gradients(gradient.square().sum(), again, retain_graph=True, allow_unused=True)
+    # The output's own second derivatives are right, and stay.
+    (gradient,) = gradients(found.output.sum(), x, create_graph=True)
+    gradients(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_single_precision(name):
+    tensors = weights([6, 8, 6])
+    x = torch.randn(50, 6, dtype=torch.float64)
+    exact = ESTIMATORS[name](net, x, tensors, lipschitz=C, training=False)
+    single = ESTIMATORS[name](net, x.float(), [t.float() for t in tensors], lipschitz=C, training=False)
+    assert all(t.dtype == torch.float32 for t in single)
+    torch.testing.assert_close(single.value.double(), exact.value, rtol=0, atol=1e-5)
+
+
+def test_defaults():
+    assert default_estimator(2) == Exact()
+    assert default_estimator(300) == ByMode(training=RussianRoulette(), evaluation=Exact())
+    large = default_estimator(3000)
+    assert isinstance(large.training, RussianRoulette) and isinstance(large.evaluation, PowerSeries)
+    with pytest.raises(ValueError, match="event_size"):
+        default_estimator(0)
+
+
+def test_errors():
+    x = torch.randn(3, 2)
+    for estimator in ESTIMATORS.values():
+        for lipschitz in (0.0, 1.0, -0.5, 1.5, math.nan):
+            with pytest.raises(ValueError, match="lipschitz"):
+                estimator(net, x, (), lipschitz=lipschitz, training=True)
+        with pytest.raises(TypeError, match="floating-point"):
+            estimator(net, x.long(), (), lipschitz=0.5, training=True)
+        with pytest.raises(ValueError, match=r"\(B, \*event\)"):
+            estimator(net, x[0], (), lipschitz=0.5, training=True)
+        with pytest.raises(ValueError, match="output of shape"):
+            estimator(lambda x: x[:, :1], x, (), lipschitz=0.5, training=True)
+    for make in (
+        lambda: Exact(rows=0),
+        lambda: PowerSeries(terms=0),
+        lambda: PowerSeries(terms=-1),
+        lambda: PowerSeries(probes=0),
+        lambda: PowerSeries(tolerance=0.0),
+        lambda: PowerSeries(distribution="uniform"),
+        lambda: RussianRoulette(exact_terms=0),
+        lambda: RussianRoulette(probability=1.0),
+        lambda: RussianRoulette(probability=0.0),
+        lambda: RussianRoulette(probes=1.5),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            make()
