@@ -81,16 +81,22 @@ class IrrepMap:
     ) -> None:
         ids = [irrep.id for irrep, _ in inputs]
         self._blocks: list[tuple[int, int, int, int, int]] = []  # part read, outputs, inputs, algebra, size
-        algebras: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         std = [np.zeros(0)]
         for irrep, n_out in outputs:
             source = ids.index(irrep.id)
             n_in = inputs[source][1]
             algebra = np.asarray(irrep.endomorphism_basis())
-            algebras[f"algebra{len(self._blocks)}"] = algebra.reshape(len(algebra), -1)
+            if len(algebra) > 1:
+                # The units of complex numbers and quaternions share no entry: each entry is one weight or minus it.
+                weights = np.arange(n_out * n_in * len(algebra)).reshape(n_out, n_in, -1)
+                entries = weights[:, :, (algebra != 0).argmax(axis=0)].swapaxes(1, 2)
+                signs = np.broadcast_to(algebra.sum(axis=0), (n_out, n_in, *algebra.shape[1:])).swapaxes(1, 2)
+                arrays[f"index{len(self._blocks)}"] = entries.ravel()
+                arrays[f"sign{len(self._blocks)}"] = signs.reshape(n_out * irrep.size, n_in * irrep.size)
             self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
             std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))
-        self._constants = Constants(**algebras)
+        self._constants = Constants(**arrays)
         self.init_std = np.concatenate(std)
         self.num_weights = len(self.init_std)
 
@@ -98,13 +104,13 @@ class IrrepMap:
         """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real."""
         matrices = []
         sizes = [n_out * n_in * number for _, n_out, n_in, number, _ in self._blocks]
-        for i, (flat, (_, n_out, n_in, number, size)) in enumerate(zip(split(weight, sizes), self._blocks)):
+        for i, (flat, (_, n_out, n_in, number, _)) in enumerate(zip(split(weight, sizes), self._blocks)):
             if number == 1:
                 matrices.append(flat.view(n_out, n_in))
                 continue
-            algebra = self._constants.like(weight)[f"algebra{i}"]
-            blocks = (flat.view(-1, number) @ algebra).view(n_out, n_in, size, size)
-            matrices.append(blocks.transpose(1, 2).reshape(n_out * size, n_in * size))
+            constants = self._constants.like(weight)
+            signs = constants[f"sign{i}"]
+            matrices.append(flat.index_select(0, constants[f"index{i}"]).view(signs.shape) * signs)
         return tuple(matrices)
 
     def is_real(self, index: int) -> bool:
