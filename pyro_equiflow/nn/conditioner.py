@@ -70,4 +70,5 @@ class Conditioner(torch.nn.Module):
         if x.dim() == self._event_dim + 1:
             return self.expanded()(x)
         flat, batch = flatten_batch(x, self._event_dim)
-        return self.expanded()(flat).unflatten(0, batch) if batch else self.expanded()(flat)[0]
+        out = self.expanded()(flat)
+        return out.unflatten(0, batch) if batch else out[0]

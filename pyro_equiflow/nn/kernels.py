@@ -16,7 +16,7 @@ from escnn.nn import FieldType
 from escnn.nn.modules.conv import r2convolution, r3convolution
 from escnn.nn.modules.conv.rd_convolution import get_grid_coords
 
-from pyro_equiflow.ops.events import _signed_permutation, grid_elements
+from pyro_equiflow.ops.events import grid_elements, signed_permutation
 
 __all__ = ["cast_buffers", "kernel_basis"]
 
@@ -107,7 +107,7 @@ def _average(gspace: GSpace, in_rep: Representation, out_rep: Representation, ke
     elements = grid_elements(field_type)
     total = np.zeros_like(kernels)
     for g in elements:
-        axes, signs = _signed_permutation(field_type, g)
+        axes, signs = signed_permutation(field_type, g)
         moved = np.transpose(kernels, (0, 1, 2, *(3 + a for a in axes)))
         moved = np.flip(moved, tuple(3 + i for i, sign in enumerate(signs) if sign < 0))
         total += np.einsum("ab,nbc...,dc->nad...", out_rep(g), moved, in_rep(g), optimize=True)

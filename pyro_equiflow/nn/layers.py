@@ -16,6 +16,7 @@ from escnn.group import Representation
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
+from pyro_equiflow.nn.gather import block_gather, is_disjoint
 from pyro_equiflow.nn.kernels import kernel_basis
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis
@@ -52,7 +53,8 @@ class _BasisLayer(SteerableModule):
 
     def _build(self) -> int:
         """Makes what follows from the types alone; returns the dimension of the invariant subspace."""
-        invariants = _block_diagonal([invariant_basis(r) for r in self.out_type.representations])
+        bases = [torch.tensor(invariant_basis(r)) for r in self.out_type.representations]
+        invariants = torch.block_diag(*bases).numpy()
         self._plan = _ExpansionPlan(self.in_type, self.out_type, self._pair_basis, self._kernel_shape())
         self._constants = Constants(invariants=invariants, **self._plan.arrays())
         return int(invariants.shape[1])
@@ -217,19 +219,13 @@ class _ExpansionPlan:
                     rows = np.add.outer(out_starts, np.arange(out_rep.size)).ravel()
                     columns = np.add.outer(in_starts, np.arange(in_rep.size)).ravel()
                     where = np.ix_(rows, columns)
-                    pair = _Pair(
-                        len(out_starts),
-                        len(in_starts),
-                        self.num_weights,
-                        bases[in_rep],
-                        where,
-                    )
+                    pair = _Pair(len(out_starts), len(in_starts), self.num_weights, bases[in_rep], where)
                     self.pairs.append(pair)
                     norm = np.linalg.norm(bases[in_rep][0])
                     std.append(np.full(count, math.sqrt(out_rep.size / fan) / norm))
                     self.num_weights += count
         self.init_std = np.concatenate(std)
-        self.disjoint = all(((pair.basis != 0).sum(axis=0) <= 1).all() for pair in self.pairs)
+        self.disjoint = all(is_disjoint(pair.basis) for pair in self.pairs)
         # One pair whose fields stand in order: the expanded block is the filter.
         self.in_order = len(self.pairs) == 1 and all(
             (np.diff(axis.ravel()) == 1).all() and axis.size == size
@@ -247,11 +243,8 @@ class _ExpansionPlan:
             index = np.zeros(self.shape, dtype=np.int64)
             factor = np.zeros(self.shape)
             for pair in self.pairs:
-                count = pair.fields_out * pair.fields_in * len(pair.basis)
-                weights = pair.start + np.arange(count).reshape(pair.fields_out, pair.fields_in, -1)
-                entries = weights[:, :, (pair.basis != 0).argmax(axis=0)]
-                index[pair.where] = _to_channels(entries)
-                factor[pair.where] = _to_channels(np.broadcast_to(pair.basis.sum(axis=0), entries.shape))
+                entries, factor[pair.where] = block_gather(pair.basis, pair.fields_out, pair.fields_in)
+                index[pair.where] = pair.start + entries
             return {"index": index.ravel(), "factor": factor}
         order = np.full(self.shape[:2], -1)
         offset = 0
@@ -280,12 +273,6 @@ class _ExpansionPlan:
         return torch.cat([*blocks, zero]).index_select(0, constants["order"]).view(self.shape)
 
 
-def _to_channels(entries: np.ndarray) -> np.ndarray:
-    """``(fields out, fields in, size out, size in, *kernel)`` to ``(channels out, channels in, *kernel)``."""
-    n_out, n_in, size_out, size_in, *kernel = entries.shape
-    return np.swapaxes(entries, 1, 2).reshape(n_out * size_out, n_in * size_in, *kernel)
-
-
 def _fields_by_representation(field_type: enn.FieldType) -> dict[Representation, np.ndarray]:
     starts: dict[Representation, list[int]] = {}
     start = 0
@@ -293,16 +280,6 @@ def _fields_by_representation(field_type: enn.FieldType) -> dict[Representation,
         starts.setdefault(representation, []).append(start)
         start += representation.size
     return {representation: np.array(first) for representation, first in starts.items()}
-
-
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    rows, columns = (sum(b.shape[axis] for b in blocks) for axis in (0, 1))
-    out = np.zeros((rows, columns))
-    row = column = 0
-    for b in blocks:
-        out[row : row + b.shape[0], column : column + b.shape[1]] = b
-        row, column = row + b.shape[0], column + b.shape[1]
-    return out
 
 
 def _check_types(in_type: enn.FieldType, out_type: enn.FieldType, dimensions: tuple[int, ...]) -> None:

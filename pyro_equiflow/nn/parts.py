@@ -17,6 +17,7 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
+from pyro_equiflow.nn.gather import block_gather
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import IrrepDecomposition
@@ -89,11 +90,8 @@ class IrrepMap:
             algebra = np.asarray(irrep.endomorphism_basis())
             if len(algebra) > 1:
                 # The units of complex numbers and quaternions share no entry: each entry is one weight or minus it.
-                weights = np.arange(n_out * n_in * len(algebra)).reshape(n_out, n_in, -1)
-                entries = weights[:, :, (algebra != 0).argmax(axis=0)].swapaxes(1, 2)
-                signs = np.broadcast_to(algebra.sum(axis=0), (n_out, n_in, *algebra.shape[1:])).swapaxes(1, 2)
-                arrays[f"index{len(self._blocks)}"] = entries.ravel()
-                arrays[f"sign{len(self._blocks)}"] = signs.reshape(n_out * irrep.size, n_in * irrep.size)
+                index, sign = block_gather(algebra, n_out, n_in)
+                arrays |= {f"index{len(self._blocks)}": index.ravel(), f"sign{len(self._blocks)}": sign}
             self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
             std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))
         self._constants = Constants(**arrays)

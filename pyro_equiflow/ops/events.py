@@ -22,6 +22,7 @@ __all__ = [
     "flatten_batch",
     "grid_elements",
     "on_grid",
+    "signed_permutation",
     "split",
 ]
 
@@ -69,7 +70,7 @@ def _check_grid(spatial: torch.Size, field_type: FieldType, owner: str) -> None:
     if len(set(spatial)) == 1:
         return
     for element in grid_elements(field_type):
-        axes, _ = _signed_permutation(field_type, element)
+        axes, _ = signed_permutation(field_type, element)
         if tuple(spatial[a] for a in axes) != tuple(spatial):
             raise ValueError(
                 f"{owner}: expected a grid that {field_type.gspace} maps to itself, found {tuple(spatial)}; "
@@ -115,7 +116,7 @@ def _space_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
     return matrix
 
 
-def _signed_permutation(field_type: FieldType, element: GroupElement) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def signed_permutation(field_type: FieldType, element: GroupElement) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For each output axis: the input axis it is read from, and the sign of the reading direction."""
     matrix = np.round(_space_matrix(field_type, element)).astype(int)
     axes = np.abs(matrix).argmax(axis=1)
@@ -190,7 +191,7 @@ def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     blocks = [np.asarray(rep(element)) for rep in field_type.representations]
     matrix = torch.block_diag(*[torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in blocks])
     if spatial_dims:
-        axes, signs = _signed_permutation(field_type, element)
+        axes, signs = signed_permutation(field_type, element)
         batch = x.dim() - spatial_dims
         # Point p of the result is read at g^-1 p. A flip about the grid's centre keeps odd and even grids.
         x = x.permute(*range(batch), *(batch + a for a in axes))
