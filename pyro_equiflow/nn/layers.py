@@ -53,7 +53,7 @@ class _BasisLayer(SteerableModule):
 
     def _build(self) -> int:
         """Makes what follows from the types alone; returns the dimension of the invariant subspace."""
-        bases = [torch.tensor(invariant_basis(r)) for r in self.out_type.representations]
+        bases = [torch.tensor(invariant_basis(r), device="cpu") for r in self.out_type.representations]
         invariants = torch.block_diag(*bases).numpy()
         self._plan = _ExpansionPlan(self.in_type, self.out_type, self._pair_basis, self._kernel_shape())
         self._constants = Constants(invariants=invariants, **self._plan.arrays())
