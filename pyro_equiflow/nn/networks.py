@@ -11,11 +11,12 @@ from escnn.group import IrreducibleRepresentation
 
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
-from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
+from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
+from pyro_equiflow.nn.nonlinearities import FieldGates, GatedNonLinearity, PointwiseNonLinearity, require_one_lipschitz
 from pyro_equiflow.nn.parts import IrrepParts
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
 
-__all__ = ["steerable_net"]
+__all__ = ["lipschitz_net", "steerable_net"]
 
 
 def steerable_net(
@@ -53,6 +54,70 @@ def steerable_net(
     :param zero_init: whether the last layer starts at zero, so that the transform starts as the identity.
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity.
     """
+    _check(in_type, out_type, hidden_dims)
+    layers = [
+        _hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
+    ]
+    if IrrepParts.fit(in_type) and IrrepParts.fit(out_type) and any(isinstance(layer, FieldGates) for layer in layers):
+        net = InvariantGateNet(in_type, out_type, hidden_dims, function)
+        if zero_init:
+            net.zero_output()
+        return net
+    return _sequence(in_type, out_type, layers, kernel_size, padding_mode, zero_init)
+
+
+def lipschitz_net(
+    in_type: enn.FieldType,
+    out_type: enn.FieldType,
+    *,
+    hidden_dims: Sequence[int] = (64, 64),
+    nonlinearity: str | None = None,
+    function: str = "lipswish",
+    kernel_size: int = 3,
+    padding_mode: str = "zeros",
+    zero_init: bool = False,
+) -> enn.SequentialModule:
+    r"""An equivariant network whose nonlinearities have Lipschitz constant 1, so its layers' norms bound its own.
+
+    Finite groups: regular hidden fields with a pointwise function. Continuous groups: scalars and irreps with
+    :class:`LipschitzGate`, gates half open at the start. Between them :class:`SteerableLinear` layers on points,
+    :class:`SteerableConv` on grids.
+
+    The network itself is not normalised: its Lipschitz constant is at most the product of its layers' norms, whatever
+    these are. The transforms ``EquivariantResidual`` and ``EquivariantImplicit`` bound each norm from the present
+    weights, and shrink a layer that exceeds its share.
+
+    Example::
+
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import lipschitz_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 5 * [space.irrep(1, 1)])
+        >>> net = lipschitz_net(vectors, vectors, hidden_dims=(32, 32))
+
+    :param in_type: input field type.
+    :param out_type: output field type, over the same gspace.
+    :param hidden_dims: channels of each hidden layer; rounded up to whole fields.
+    :param nonlinearity: ``"pointwise"`` (finite groups), ``"gated"``, or ``None`` to choose as above. Regular fields
+        of large groups are slow to build on 3-D grids; gates are not.
+    :param function: the function of scalars and regular fields, see :class:`PointwiseNonLinearity`, of Lipschitz
+        constant at most 1.
+    :param kernel_size: points a side of the kernels (odd); grids only.
+    :param padding_mode: ``"zeros"`` or ``"circular"``; grids only.
+    :param zero_init: whether the last layer starts at zero, so that the transform starts as the identity.
+    :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity, a function that expands
+        distances.
+    """
+    _check(in_type, out_type, hidden_dims)
+    require_one_lipschitz(function)
+    layers = [
+        _hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=True)
+        for width in hidden_dims
+    ]
+    return _sequence(in_type, out_type, layers, kernel_size, padding_mode, zero_init)
+
+
+def _check(in_type: enn.FieldType, out_type: enn.FieldType, hidden_dims: Sequence[int]) -> None:
     validate_field_type(in_type, "in_type")
     validate_field_type(out_type, "out_type")
     if in_type.gspace != out_type.gspace:
@@ -60,27 +125,30 @@ def steerable_net(
     if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
         raise ValueError(f"hidden_dims: expected positive integers, found {tuple(hidden_dims)}")
 
+
+def _sequence(
+    in_type: enn.FieldType,
+    out_type: enn.FieldType,
+    layers: Sequence[PointwiseNonLinearity | FieldGates],
+    kernel_size: int,
+    padding_mode: str,
+    zero_init: bool,
+) -> enn.SequentialModule:
+    """Linear layers, on points or grids, around the nonlinearities given."""
+
     def linear(a: enn.FieldType, b: enn.FieldType) -> SteerableLinear | SteerableConv:
         if in_type.gspace.dimensionality == 0:
             return SteerableLinear(a, b)
         return SteerableConv(a, b, kernel_size, padding_mode=padding_mode)
 
-    layers = [
-        _hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
-    ]
-    if (
-        IrrepParts.fit(in_type)
-        and IrrepParts.fit(out_type)
-        and any(isinstance(layer, GatedNonLinearity) for layer in layers)
-    ):
-        net = InvariantGateNet(in_type, out_type, hidden_dims, function)
-        if zero_init:
-            net.zero_output()
-        return net
     modules: list[enn.EquivariantModule] = []
     present = in_type
     for hidden in layers:
         modules += [linear(present, hidden.in_type), hidden]
+        if isinstance(hidden, LipschitzGate):
+            # Shut gates would let nothing through where the input holds no scalars. The type's invariants are its
+            # trivial fields: scalars, then gates.
+            torch.nn.init.constant_(modules[-2].bias[hidden.scalars :], hidden.half_open)
         present = hidden.out_type
     last = linear(present, out_type)
     if zero_init:
@@ -95,17 +163,19 @@ def _hidden_layer(
     *,
     nonlinearity: str | None = None,
     function: str = "silu",
-) -> PointwiseNonLinearity | GatedNonLinearity:
+    lipschitz: bool = False,
+) -> PointwiseNonLinearity | FieldGates:
     """The nonlinearity of about ``width`` channels that suits a network between two types.
 
     :param width: channels aimed at; rounded up to whole fields.
     :param nonlinearity: ``"pointwise"``, ``"gated"`` or ``None`` for the group's default.
+    :param lipschitz: whether gates are to have Lipschitz constant 1.
     :raises ValueError: pointwise functions asked for under a continuous group that moves the fields.
     """
     gspace = in_type.gspace
     finite = gspace.fibergroup.order() > 0
-    fields = (*in_type.representations, *out_type.representations)
-    invariant = all(gspace.fibergroup.irrep(*i).is_trivial() for r in set(fields) for i in r.irreps)
+    representations = {*in_type.representations, *out_type.representations}
+    invariant = all(gspace.fibergroup.irrep(*i).is_trivial() for r in representations for i in r.irreps)
     if nonlinearity is None:
         nonlinearity = "pointwise" if finite or invariant else "gated"
     if nonlinearity == "pointwise":
@@ -126,7 +196,10 @@ def _hidden_layer(
         share = sum(2 + irrep.size for irrep in irreps)
         copies = max(1, width // share)
         scalars = max(copies, width - copies * sum(1 + irrep.size for irrep in irreps))
-        return GatedNonLinearity(gspace, scalars, [irrep for irrep in irreps for _ in range(copies)])
+        fields = [irrep for irrep in irreps for _ in range(copies)]
+        if lipschitz:
+            return LipschitzGate(gspace, scalars, fields, function)
+        return GatedNonLinearity(gspace, scalars, fields)
     raise ValueError(f'nonlinearity: expected "pointwise", "gated" or None, found {nonlinearity!r}')
 
 

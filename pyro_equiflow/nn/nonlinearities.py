@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import groupby
 
@@ -14,9 +15,10 @@ from escnn.gspaces import GSpace
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
+from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import is_permutation
 
-__all__ = ["GatedNonLinearity", "PointwiseNonLinearity"]
+__all__ = ["FieldGates", "GatedNonLinearity", "PointwiseNonLinearity", "require_one_lipschitz"]
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -24,14 +26,44 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sin": torch.sin,
+    "lipswish": lambda x: F.silu(x) / 1.1,
+    "sin2pi": lambda x: torch.sin(2 * math.pi * x) / (2 * math.pi),
+}
+
+#: Upper bounds of the functions' slopes, each reached but for the last digits: silu's greatest slope is 1.09984.
+LIPSCHITZ: dict[str, float] = {
+    "elu": 1.0,
+    "relu": 1.0,
+    "silu": 1.1,
+    "tanh": 1.0,
+    "sin": 1.0,
+    "lipswish": 1.0,
+    "sin2pi": 1.0,
 }
 
 
+def require_one_lipschitz(function: str) -> None:
+    """Raises unless ``function`` is a known one whose Lipschitz constant is at most 1.
+
+    :raises ValueError: an unknown function, or one that expands distances.
+    """
+    contracting = sorted(name for name, constant in LIPSCHITZ.items() if constant <= 1)
+    if function not in contracting:
+        found = f"{function!r}, of {LIPSCHITZ[function]}" if function in LIPSCHITZ else repr(function)
+        remedy = '; take "lipswish", which is silu / 1.1' if function == "silu" else ""
+        raise ValueError(
+            f"function: expected one of Lipschitz constant at most 1, of {contracting}, found {found}{remedy}"
+        )
+
+
 class PointwiseNonLinearity(SteerableModule):
-    """A function of each channel by itself, on fields whose representation permutes channels.
+    r"""A function of each channel by itself, on fields whose representation permutes channels.
 
     :param in_type: trivial, regular and quotient fields.
-    :param function: ``"elu"``, ``"relu"``, ``"silu"``, ``"tanh"`` or ``"sin"``.
+    :param function: ``"elu"``, ``"relu"``, ``"silu"``, ``"tanh"``, ``"sin"``, ``"lipswish"``
+        (:math:`x \sigma(x) / 1.1`, Chen et al., *Residual Flows*, arXiv 1906.02735, section 3.3) or ``"sin2pi"``
+        (:math:`\sin(2 \pi x) / 2 \pi`).
+    :ivar lipschitz: the function's Lipschitz constant, rounded up; 1 for all but ``"silu"``.
     :raises ValueError: a field that the group does not merely permute, or an unknown function.
     """
 
@@ -47,24 +79,27 @@ class PointwiseNonLinearity(SteerableModule):
         super().__init__(in_type, in_type)
         self.function = function
 
+    @property
+    def lipschitz(self) -> float:
+        """The Lipschitz constant of the function."""
+        return LIPSCHITZ[self.function]
+
     def expanded(self) -> Expanded:
         """The function itself."""
         return Expanded(FUNCTIONS[self.function], ())
 
 
-class GatedNonLinearity(SteerableModule):
-    r"""Gates on irreps, and their lengths: invariants travel from field to field.
+class FieldGates(SteerableModule):
+    r"""What gates on irreps have in common: the types' layout, and one factor an irrep field.
 
-    On a type of scalars :math:`s`, one gate :math:`u_i` an irrep field, and irrep fields :math:`v_i`:
+    On a type of scalars :math:`s`, one gate :math:`u_i` an irrep field, and irrep fields :math:`v_i`; subclasses say
+    what becomes of the invariants :math:`s`, :math:`u_i`, :math:`|v_i|^2`, and each :math:`v_i` is multiplied by one
+    of them.
 
-    .. math:: (s,\ u_i,\ v_i) \mapsto (\mathrm{silu}(s),\ \sqrt{1 + |v_i|^2},\ \sigma(u_i)\, v_i)
-
-    The lengths take the gates' places, so the next linear layer turns the lengths of all fields into scalars
-    and gates of all fields. Since layers mix fields linearly before, lengths carry inner products too.
-
+    :param gspace: the gspace of the type.
     :param scalars: number of trivial fields :math:`s`.
     :param irreps: the non-trivial irreps :math:`v_i`, equal ones next to each other.
-    :param gspace: the gspace of the type.
+    :raises ValueError: no irreps.
     """
 
     def __init__(self, gspace: GSpace, scalars: int, irreps: list[IrreducibleRepresentation]) -> None:
@@ -76,24 +111,49 @@ class GatedNonLinearity(SteerableModule):
         self.scalars = scalars
         self.runs = [(len(list(run)), size) for (_, size), run in groupby((r.id, r.size) for r in irreps)]
 
+    def invariants(self, s: Tensor, u: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The new scalars, what takes the gates' places, and the fields' factors, of the shapes given."""
+        raise NotImplementedError
+
     def expanded(self) -> Expanded:
         """The map above; runs of equal irreps are handled together."""
-        scalars, runs = self.scalars, self.runs
+        runs, invariants = self.runs, self.invariants
         counts = [count for count, _ in runs]
-        sizes = [scalars, sum(counts), *(count * size for count, size in runs)]
+        sizes = [self.scalars, sum(counts), *(count * size for count, size in runs)]
         points = self.in_type.gspace.dimensionality == 0
         dim = 0 if points else 1
 
         def fn(x: Tensor) -> Tensor:
             # Channels outermost: field-wise operations then run over long rows.
-            s, u, *fields = (x.mT if points else x).split(sizes, dim)
-            squares, gated = [], []
-            for field, gate, (count, size) in zip(fields, torch.sigmoid(u).split(counts, dim), runs):
-                v = field.unflatten(dim, (count, size))
-                squares.append((v * v).sum(dim + 1))
-                gated.append((v * gate.unsqueeze(dim + 1)).flatten(dim, dim + 1))
-            lengths = (torch.cat(squares, dim) if len(squares) > 1 else squares[0]).add(1.0).sqrt()
-            out = torch.cat([F.silu(s), lengths, *gated], dim)
+            s, u, *flat = (x.mT if points else x).split(sizes, dim)
+            fields = [field.unflatten(dim, run) for field, run in zip(flat, runs)]
+            squares = [(v * v).sum(dim + 1) for v in fields]
+            s, lengths, factors = invariants(s, u, torch.cat(squares, dim) if len(squares) > 1 else squares[0])
+            gates = split(factors, counts, dim)
+            gated = [(v * gate.unsqueeze(dim + 1)).flatten(dim, dim + 1) for v, gate in zip(fields, gates)]
+            out = torch.cat([s, lengths, *gated], dim)
             return out.mT if points else out
 
         return Expanded(fn, ())
+
+
+class GatedNonLinearity(FieldGates):
+    r"""Gates on irreps, and their lengths: invariants travel from field to field.
+
+    On a type of scalars :math:`s`, one gate :math:`u_i` an irrep field, and irrep fields :math:`v_i`:
+
+    .. math:: (s,\ u_i,\ v_i) \mapsto (\mathrm{silu}(s),\ \sqrt{1 + |v_i|^2},\ \sigma(u_i)\, v_i)
+
+    The lengths take the gates' places, so the next linear layer turns the lengths of all fields into scalars
+    and gates of all fields. Since layers mix fields linearly before, lengths carry inner products too. Products of
+    inputs have no Lipschitz constant; :class:`LipschitzGate` has.
+
+    :param gspace: the gspace of the type.
+    :param scalars: number of trivial fields :math:`s`.
+    :param irreps: the non-trivial irreps :math:`v_i`, equal ones next to each other.
+    :raises ValueError: no irreps.
+    """
+
+    def invariants(self, s: Tensor, u: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scalars through silu, lengths, and sigmoids of the gates."""
+        return F.silu(s), squares.add(1.0).sqrt(), torch.sigmoid(u)
