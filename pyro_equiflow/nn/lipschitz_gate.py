@@ -80,6 +80,6 @@ class LipschitzGate(FieldGates):
         """Scalars through their function, lengths, and the gates over the projection's denominators."""
         # Functions of squared lengths: smooth where a field is zero, with no root of zero.
         radius = self.radius
-        squares = squares / radius**2
-        lengths = radius * ((squares + 1 / 3).sqrt() - math.sqrt(1 / 3))
-        return FUNCTIONS[self.function](s), lengths, torch.sin(u / radius) * (1.0 + squares).rsqrt()
+        lengths = (squares + radius**2 / 3).sqrt() - radius * math.sqrt(1 / 3)
+        factors = torch.sin(u / radius) * (radius * (squares + radius**2).rsqrt())
+        return FUNCTIONS[self.function](s), lengths, factors
