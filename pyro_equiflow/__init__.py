@@ -4,12 +4,14 @@
 from pyro_equiflow import (
     _escnn,  # noqa: F401  (escnn is made fit before anything imports it)
     infer,
+    logdet,
     nn,
+    solvers,
     testing,
 )
 from pyro_equiflow import transforms as _transforms
 from pyro_equiflow.distributions import InvariantNormal, OrbitMixture
-from pyro_equiflow.errors import EquivarianceError
+from pyro_equiflow.errors import ConvergenceError, EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer import *  # noqa: F403
 from pyro_equiflow.ops.serialization import register_reducers
@@ -18,13 +20,16 @@ from pyro_equiflow.transforms import *  # noqa: F403
 from pyro_equiflow.version import __version__
 
 __all__ = [
+    "ConvergenceError",
     "EquivarianceError",
     "InvariantNormal",
     "OrbitMixture",
     "__version__",
     "equivariant_flow",
     "infer",
+    "logdet",
     "nn",
+    "solvers",
     "testing",
     *infer.__all__,
     *_transforms.__all__,

@@ -14,7 +14,9 @@ from pyro_equiflow.transforms import (
     EquivariantTransform,
     equivariant_actnorm,
     equivariant_coupling,
+    equivariant_implicit,
     equivariant_linear,
+    equivariant_residual,
 )
 from pyro_equiflow.transforms.blocks import block_layout
 
@@ -29,7 +31,22 @@ def _coupling(field_type: FieldType, index: int, split_by: str | None, **kwargs:
     return equivariant_coupling(field_type, split=split, split_by=split_by, **kwargs)
 
 
-_KINDS: dict[str, Callable[..., EquivariantTransform]] = {"coupling": _coupling}
+def _whole(factory: Callable[..., EquivariantTransform]) -> Callable[..., EquivariantTransform]:
+    """A kind that transforms the whole event at every step."""
+
+    def make(field_type: FieldType, index: int, split_by: str | None, **kwargs: Any) -> EquivariantTransform:
+        if split_by is not None:
+            raise ValueError(f"split_by: expected None where nothing is split, found {split_by!r}")
+        return factory(field_type, **kwargs)
+
+    return make
+
+
+_KINDS: dict[str, Callable[..., EquivariantTransform]] = {
+    "coupling": _coupling,
+    "implicit": _whole(equivariant_implicit),
+    "residual": _whole(equivariant_residual),
+}
 
 
 def equivariant_flow(
@@ -63,7 +80,7 @@ def equivariant_flow(
 
     :param field_type: how the group acts on the event.
     :param latent_dim: the event's size, if the caller knows it: checked against ``field_type.size``.
-    :param kind: ``"coupling"``.
+    :param kind: ``"coupling"``, ``"residual"`` or ``"implicit"``.
     :param num_transforms: number of steps.
     :param hidden_dims: channels of the conditioners' hidden layers.
     :param linear: whether each step has an :class:`~pyro_equiflow.EquivariantLinear`.

@@ -109,10 +109,18 @@ def _flow(kind: enn.FieldType) -> pe.EquivariantTransform:
     return flow
 
 
+def _solved(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType) -> pe.EquivariantTransform:
+    # Exact, where the default would be an estimate: properties are to be held against exact values.
+    options = {"log_det": pe.logdet.Exact(), "lipschitz": 0.7, **_net_options(kind)}
+    return factory(kind, hidden_dims=(16,), identity_init=False, **options)
+
+
 #: Kinds of transform, on a field type. New ones go here.
 KINDS: dict[str, Callable[[enn.FieldType], pe.EquivariantTransform]] = {
     "coupling": _coupling,
     "coupling-by-irreps": functools.partial(_coupling, split_by="irreps"),
+    "residual": functools.partial(_solved, pe.equivariant_residual),
+    "implicit": functools.partial(_solved, pe.equivariant_implicit),
     "linear": pe.equivariant_linear,
     "actnorm": functools.partial(pe.equivariant_actnorm, data_init=False),
     "flow": _flow,

@@ -4,6 +4,7 @@
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.lipschitz import LipschitzConditioner, lipschitz_bound, weight_norm
 from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
 from pyro_equiflow.nn.networks import lipschitz_net, steerable_net
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
@@ -12,12 +13,15 @@ __all__ = [
     "Expanded",
     "GatedNonLinearity",
     "InvariantGateNet",
+    "LipschitzConditioner",
     "LipschitzGate",
     "PointwiseNonLinearity",
     "SteerableConv",
     "SteerableLinear",
     "SteerableModule",
     "expand",
+    "lipschitz_bound",
     "lipschitz_net",
     "steerable_net",
+    "weight_norm",
 ]

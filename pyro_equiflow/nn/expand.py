@@ -7,14 +7,14 @@ The only file of the package that knows escnn's ``GeometricTensor``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from escnn import nn as enn
 from torch import Tensor
 
-__all__ = ["Expanded", "SteerableModule", "expand"]
+__all__ = ["Expanded", "SteerableModule", "chained", "expand"]
 
 
 class Expanded(NamedTuple):
@@ -30,6 +30,20 @@ class Expanded(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output at ``x``, by the tensors expanded earlier."""
         return self.fn(x, *self.tensors)
+
+
+def chained(parts: Sequence[Expanded]) -> Expanded:
+    """Expanded maps one after the other."""
+    functions = [(part.fn, len(part.tensors)) for part in parts]
+
+    def fn(x: Tensor, *tensors: Tensor) -> Tensor:
+        start = 0
+        for function, count in functions:
+            x = function(x, *tensors[start : start + count])
+            start += count
+        return x
+
+    return Expanded(fn, tuple(t for part in parts for t in part.tensors))
 
 
 @functools.singledispatch
@@ -111,17 +125,7 @@ def _rule(kind: type) -> Callable[[Callable[[Any], Expanded]], None]:
 @_rule(enn.SequentialModule)
 def _(module: enn.SequentialModule) -> Expanded:
     # Not children(): it leaves out a module that stands in the sequence twice.
-    parts = [expand(child) for child in module._modules.values()]
-    functions = [(part.fn, len(part.tensors)) for part in parts]
-
-    def fn(x: Tensor, *tensors: Tensor) -> Tensor:
-        start = 0
-        for function, count in functions:
-            x = function(x, *tensors[start : start + count])
-            start += count
-        return x
-
-    return Expanded(fn, tuple(t for part in parts for t in part.tensors))
+    return chained([expand(child) for child in module._modules.values()])
 
 
 @_rule(enn.IdentityModule)

@@ -2,31 +2,48 @@
 """Transforms that commute with a symmetry group, one a file."""
 
 from pyro_equiflow.transforms.actnorm import EquivariantActNorm, equivariant_actnorm
-from pyro_equiflow.transforms.base import (
-    ConditionalEquivariantTransform,
-    EquivariantTransform,
-    Inverse,
-)
+from pyro_equiflow.transforms.base import EquivariantTransform, Inverse
 from pyro_equiflow.transforms.compose import Compose
+from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
 from pyro_equiflow.transforms.coupling import (
     ConditionalEquivariantCoupling,
     EquivariantCoupling,
     conditional_equivariant_coupling,
     equivariant_coupling,
 )
+from pyro_equiflow.transforms.implicit import (
+    ConditionalEquivariantImplicit,
+    EquivariantImplicit,
+    conditional_equivariant_implicit,
+    equivariant_implicit,
+)
 from pyro_equiflow.transforms.linear import EquivariantLinear, equivariant_linear
+from pyro_equiflow.transforms.residual import (
+    ConditionalEquivariantResidual,
+    EquivariantResidual,
+    conditional_equivariant_residual,
+    equivariant_residual,
+)
 
 __all__ = [
     "Compose",
     "ConditionalEquivariantCoupling",
+    "ConditionalEquivariantImplicit",
+    "ConditionalEquivariantResidual",
     "ConditionalEquivariantTransform",
     "EquivariantActNorm",
     "EquivariantCoupling",
+    "EquivariantImplicit",
     "EquivariantLinear",
+    "EquivariantResidual",
     "EquivariantTransform",
     "Inverse",
     "conditional_equivariant_coupling",
+    "conditional_equivariant_implicit",
+    "conditional_equivariant_residual",
     "equivariant_actnorm",
     "equivariant_coupling",
+    "equivariant_implicit",
     "equivariant_linear",
+    "equivariant_residual",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from escnn.nn import FieldType
-from pyro.distributions import ConditionalTransformModule, TransformModule
+from pyro.distributions import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -19,7 +20,7 @@ from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.serialization import forget_param_store
 
-__all__ = ["ConditionalEquivariantTransform", "EquivariantTransform", "Inverse"]
+__all__ = ["EquivariantTransform", "Inverse", "check_finite"]
 
 # Fused optimizers change parameters without a trace in Tensor._version, so steps are counted as well.
 _optimizer_steps = 0
@@ -33,12 +34,15 @@ def _count_optimizer_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+Deferred = Callable[[], Tensor]
+
+
 class _Entry(NamedTuple):
     """One pass: its tensors, the forward log-det, which of the two was the product, and what it was made of."""
 
     x: Tensor
     y: Tensor
-    ladj: Tensor
+    ladj: Tensor | Deferred
     product: Tensor
     grad_enabled: bool
     steps: int
@@ -84,6 +88,19 @@ class EquivariantTransform(TransformModule):
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
+        """The map, and a function that gives the log-det: for transforms whose log-det costs more than the map."""
+        y, ladj = self._call_and_ladj(x)
+        return y, lambda: ladj
+
+    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
+        x, ladj = self._inverse_and_ladj(y)
+        return x, lambda: ladj
+
+    def _log_det(self, x: Tensor, y: Tensor) -> Tensor:
+        """The log-det with both ends given."""
+        return self._call_and_ladj(x)[1]
+
     # ---- the public contract ----------------------------------------------------------------------------------
 
     @property
@@ -108,7 +125,7 @@ class EquivariantTransform(TransformModule):
         """
         entry = self._entry
         if entry is not None and entry.product is entry.x is x and self._answers(entry):
-            return entry.y, entry.ladj
+            return entry.y, self._ladj(entry)
         self._check(x)
         y, ladj = self._call_and_ladj(x)
         y = y.contiguous()  # inside, channels may be outermost in memory
@@ -125,7 +142,7 @@ class EquivariantTransform(TransformModule):
         """
         entry = self._entry
         if entry is not None and entry.product is entry.y is y and self._answers(entry):
-            return entry.x, -entry.ladj
+            return entry.x, -self._ladj(entry)
         self._check(y)
         x, ladj = self._inverse_and_ladj(y)
         x = x.contiguous()
@@ -136,22 +153,36 @@ class EquivariantTransform(TransformModule):
         r""":math:`\log|\det \partial y / \partial x|` of shape ``batch``."""
         entry = self._entry
         if entry is not None and entry.x is x and entry.y is y and self._answers(entry):
-            return entry.ladj
+            return self._ladj(entry)
         self._check(x)
-        return self._call_and_ladj(x)[1]
+        return self._log_det(x, y)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The image of ``x``, shape ``(*batch, C, *spatial)``."""
-        return self.call_and_ladj(x)[0]
+        if torch.is_grad_enabled():
+            return self.call_and_ladj(x)[0]
+        # A draw that nobody scores needs no log-det.
+        self._check(x)
+        y, ladj = self._call_deferred(x)
+        y = y.contiguous()
+        self._remember(x, y, ladj, product=y)
+        return y
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._call_and_ladj(x)[0]
+        return self._call_deferred(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._inverse_and_ladj(y)[0]
+        return self._inverse_deferred(y)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self.inverse_and_ladj(y)[0]
+        entry = self._entry
+        if torch.is_grad_enabled() or (entry is not None and entry.product is y):
+            return self.inverse_and_ladj(y)[0]
+        self._check(y)
+        x, ladj = self._inverse_deferred(y)
+        x = x.contiguous()
+        self._remember(x, y, lambda: -ladj(), product=x)
+        return x
 
     @property
     def inv(self) -> EquivariantTransform:
@@ -197,12 +228,19 @@ class EquivariantTransform(TransformModule):
         parameter = next(self.parameters(), None)
         dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
         check_event(x, self.field_type, type(self).__name__, dtype, device)
-        _check_finite(x, self.event_dim, type(self).__name__)
+        check_finite(x, self.event_dim, type(self).__name__)
 
     def _trace(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, int, int], ...]:
         return tuple((t, t._version, t.data_ptr()) for t in (x, y, *self.parameters()))
 
-    def _remember(self, x: Tensor, y: Tensor, ladj: Tensor, product: Tensor) -> None:
+    def _ladj(self, entry: _Entry) -> Tensor:
+        if isinstance(entry.ladj, Tensor):
+            return entry.ladj
+        ladj = entry.ladj()
+        self._entry = entry._replace(ladj=ladj)
+        return ladj
+
+    def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | Deferred, product: Tensor) -> None:
         self._entry = None
         # Tensors of inference mode have no version, those of torch.func no storage: nothing would show a change.
         if self._cache_size and not is_traced() and not (x.is_inference() or y.is_inference()):
@@ -242,7 +280,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _check_finite(x: Tensor, dimensions: int, owner: str) -> None:
+def check_finite(x: Tensor, dimensions: int, owner: str) -> None:
     if not pyro.settings.get("validate_distributions_torch") or is_traced():
         return
     # The sum is finite only if every term is, and costs a tenth of looking at each.
@@ -282,6 +320,13 @@ class Inverse(EquivariantTransform):
         """The transform's :meth:`~EquivariantTransform.call_and_ladj`, its cache included."""
         return self.transform.call_and_ladj(y)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """The preimage of ``x`` under the transform."""
+        return self.transform._inv_call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)  # type: ignore[no-any-return]
+
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Minus the transform's."""
         return -self.transform.log_abs_det_jacobian(y, x)
@@ -292,6 +337,12 @@ class Inverse(EquivariantTransform):
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform._call_and_ladj(y)
 
+    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
+        return self.transform._inverse_deferred(x)
+
+    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
+        return self.transform._call_deferred(y)
+
     @property
     def inv(self) -> EquivariantTransform:
         """The transform itself."""
@@ -301,45 +352,3 @@ class Inverse(EquivariantTransform):
         """The inverse of the transform with another cache size."""
         cached = self.transform.with_cache(cache_size)
         return self if cached is self.transform else Inverse(cached)
-
-
-class ConditionalEquivariantTransform(ConditionalTransformModule):
-    r"""A family of transforms indexed by a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
-
-    :param transform: the transform; its conditioner takes the context's channels after its own.
-    :param context_type: how the group acts on the context.
-    """
-
-    def __init__(self, transform: EquivariantTransform, context_type: FieldType) -> None:
-        super().__init__()
-        validate_field_type(context_type, "context_type")
-        self.transform = transform
-        self.context_type = context_type
-
-    @property
-    def field_type(self) -> FieldType:
-        """How the group acts on the event."""
-        return self.transform.field_type
-
-    def condition(self, context: Tensor) -> EquivariantTransform:
-        """The transform given a context; parameters are shared, contexts of two calls do not mix.
-
-        :param context: shape ``(*batch, C_context, *spatial)``, or ``(*batch, C_context)`` for one context spread
-            evenly over the grid; its batch shape broadcasts against the event's.
-        :raises TypeError: not a tensor, or not of the parameters' dtype or device.
-        :raises ValueError: wrong shape.
-        """
-        owner = f"{type(self).__name__}.condition"
-        size, spatial = self.context_type.size, event_dim(self.context_type) - 1
-        if isinstance(context, Tensor) and spatial and context.shape[-1:] == (size,):
-            has_channels_before_grid = context.dim() > spatial and context.shape[-1 - spatial] == size
-            if not has_channels_before_grid:
-                context = context[(...,) + spatial * (None,)]
-        parameter = next(self.transform.parameters(), None)
-        dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
-        check_event(context, self.context_type, owner, dtype, device)
-        _check_finite(context, spatial + 1, owner)
-        conditioned = copy.copy(self.transform)
-        # Not by setattr: a context that is a torch.nn.Parameter would join the parameters that all calls share.
-        conditioned.__dict__["context"] = context
-        return conditioned

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyro_equiflow.transforms.base import EquivariantTransform
+from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 
 __all__ = ["Compose"]
 
@@ -52,6 +52,20 @@ class Compose(EquivariantTransform):
             y, ladj = part._inverse_and_ladj(y)
             ladjs.append(ladj)
         return y, sum(ladjs[1:], ladjs[0])
+
+    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
+        ladjs = []
+        for part in self:
+            x, ladj = part._call_deferred(x)
+            ladjs.append(ladj)
+        return x, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
+
+    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
+        ladjs = []
+        for part in reversed(list(self)):
+            y, ladj = part._inverse_deferred(y)
+            ladjs.append(ladj)
+        return y, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
 
     def __iter__(self) -> Iterator[EquivariantTransform]:
         return iter(self.transforms)  # type: ignore[arg-type]

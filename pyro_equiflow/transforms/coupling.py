@@ -16,8 +16,12 @@ from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import cat_channels, channel_matmul
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.transforms.base import ConditionalEquivariantTransform, EquivariantTransform
 from pyro_equiflow.transforms.blocks import block_layout
+from pyro_equiflow.transforms.conditional import (
+    ConditionableTransform,
+    ConditionalEquivariantTransform,
+    with_context_fields,
+)
 
 __all__ = [
     "ConditionalEquivariantCoupling",
@@ -27,7 +31,7 @@ __all__ = [
 ]
 
 
-class EquivariantCoupling(EquivariantTransform):
+class EquivariantCoupling(ConditionableTransform):
     r"""Affine coupling that commutes with a symmetry group.
 
     The event is split into invariant subspaces :math:`x = (x_a, x_b)`, never inside an irrep, and
@@ -84,11 +88,9 @@ class EquivariantCoupling(EquivariantTransform):
         parts = _Split(field_type, split, split_by)
         in_type, out_type = parts.conditioner_types(context_type)
         network = Conditioner(conditioner, in_type, out_type)
-        super().__init__(field_type, cache_size=cache_size)
+        super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
         self.log_scale_bound = float(log_scale_bound)
-        self.context_type = context_type
-        self.context: Tensor | None = None
         self._parts = parts
 
     @staticmethod
@@ -107,14 +109,8 @@ class EquivariantCoupling(EquivariantTransform):
 
     def _scale_and_shift(self, x_a: Tensor) -> tuple[Tensor, Tensor]:
         parts, dim = self._parts, -self.event_dim
-        if self.context_type is not None:
-            if self.context is None:
-                raise ValueError(
-                    f"{type(self).__name__}: expected a context of type {self.context_type}, found none; call "
-                    "condition(context) on the conditional transform"
-                )
-            x_a = _join_context(x_a, self.context, dim)
-        out = self.conditioner(x_a)
+        x_a, context = self._with_context(x_a)
+        out = self.conditioner(x_a if context is None else torch.cat([x_a, context], dim))
         raw, shift = out.split([parts.num_scales, parts.num_transformed], dim)
         bound = self.log_scale_bound
         return bound * torch.tanh(raw / bound), shift
@@ -130,22 +126,6 @@ class EquivariantCoupling(EquivariantTransform):
         scale, shift = self._scale_and_shift(y_a)
         x_b = self._parts.scaled(y_b - shift, (-scale).exp())
         return self._parts.put_together(y_a, x_b), -self._parts.log_det(scale)
-
-
-def _join_context(x: Tensor, context: Tensor, dim: int) -> Tensor:
-    spatial = x.shape[x.dim() + dim + 1 :]
-    grid = context.shape[context.dim() + dim + 1 :]
-    if grid != spatial and grid.numel() > 1:  # a grid of one point is a vector, spread evenly
-        raise ValueError(f"context: expected the event's grid {tuple(spatial)}, found {tuple(grid)}")
-    try:
-        batch = torch.broadcast_shapes(x.shape[:dim], context.shape[:dim])
-    except RuntimeError as error:
-        raise ValueError(
-            f"context: expected a batch shape that broadcasts against the event's {tuple(x.shape[:dim])}, found "
-            f"{tuple(context.shape[:dim])}"
-        ) from error
-    x = x.expand(*batch, *x.shape[dim:])
-    return torch.cat([x, context.expand(*batch, context.shape[dim], *spatial)], dim)
 
 
 class _Split:
@@ -183,13 +163,9 @@ class _Split:
     def conditioner_types(self, context_type: enn.FieldType | None) -> tuple[enn.FieldType, enn.FieldType]:
         gspace = self.field_type.gspace
         fields = [field for i in self.kept for field in self.layout.blocks[i].fields]
-        if context_type is not None:
-            validate_field_type(context_type, "context_type")
-            if context_type.gspace != gspace:
-                raise ValueError(f"context_type: expected a type over {gspace}, found one over {context_type.gspace}")
-            fields += list(context_type.representations)
         shifts = [field for i in self.moved for field in self.layout.blocks[i].fields]
-        return enn.FieldType(gspace, fields), enn.FieldType(gspace, [*self.scale_types, *shifts])
+        in_type = with_context_fields(enn.FieldType(gspace, fields), context_type)
+        return in_type, enn.FieldType(gspace, [*self.scale_types, *shifts])
 
     def take_apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dim, (size_a, size_b) = -1 - self.spatial_dims, self.sizes

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms that a context can steer, and the families of transforms that a context picks from."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from escnn import nn as enn
+from pyro.distributions import ConditionalTransformModule
+from torch import Tensor
+
+from pyro_equiflow.ops.events import check_event, event_dim
+from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.transforms.base import EquivariantTransform, check_finite
+
+__all__ = ["ConditionableTransform", "ConditionalEquivariantTransform", "with_context_fields"]
+
+
+def with_context_fields(field_type: enn.FieldType, context_type: enn.FieldType | None) -> enn.FieldType:
+    """The type of events of ``field_type`` followed by a context, what a conditioner takes.
+
+    :raises TypeError: the context's type is no field type.
+    :raises ValueError: the two lie over unlike gspaces.
+    """
+    if context_type is None:
+        return field_type
+    validate_field_type(context_type, "context_type")
+    gspace = field_type.gspace
+    if context_type.gspace != gspace:
+        raise ValueError(f"context_type: expected a type over {gspace}, found one over {context_type.gspace}")
+    return enn.FieldType(gspace, [*field_type.representations, *context_type.representations])
+
+
+class ConditionableTransform(EquivariantTransform):
+    """A transform that may depend on a context, once conditioned on one.
+
+    :param field_type: how the group acts on the event.
+    :param context_type: how it acts on the context; ``None`` where there is none.
+    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+    """
+
+    def __init__(
+        self, field_type: enn.FieldType, *, context_type: enn.FieldType | None = None, cache_size: int = 1
+    ) -> None:
+        super().__init__(field_type, cache_size=cache_size)
+        self.context_type = context_type
+        self.context: Tensor | None = None
+
+    def _with_context(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``x`` and the context, both of the joint batch shape and on the grid of ``x``."""
+        if self.context_type is None:
+            return x, None
+        if self.context is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a context of type {self.context_type}, found none; call "
+                "condition(context) on the conditional transform"
+            )
+        return _broadcast(x, self.context, -self.event_dim)
+
+
+def _broadcast(x: Tensor, context: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    spatial = x.shape[x.dim() + dim + 1 :]
+    grid = context.shape[context.dim() + dim + 1 :]
+    if grid != spatial and grid.numel() > 1:  # a grid of one point is a vector, spread evenly
+        raise ValueError(f"context: expected the event's grid {tuple(spatial)}, found {tuple(grid)}")
+    try:
+        batch = torch.broadcast_shapes(x.shape[:dim], context.shape[:dim])
+    except RuntimeError as error:
+        raise ValueError(
+            f"context: expected a batch shape that broadcasts against the event's {tuple(x.shape[:dim])}, found "
+            f"{tuple(context.shape[:dim])}"
+        ) from error
+    return x.expand(*batch, *x.shape[dim:]), context.expand(*batch, context.shape[dim], *spatial)
+
+
+class ConditionalEquivariantTransform(ConditionalTransformModule):
+    r"""A family of transforms indexed by a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
+
+    :param transform: the transform; its conditioner takes the context's channels after its own.
+    :param context_type: how the group acts on the context.
+    """
+
+    def __init__(self, transform: ConditionableTransform, context_type: enn.FieldType) -> None:
+        super().__init__()
+        validate_field_type(context_type, "context_type")
+        self.transform = transform
+        self.context_type = context_type
+
+    @property
+    def field_type(self) -> enn.FieldType:
+        """How the group acts on the event."""
+        return self.transform.field_type
+
+    def condition(self, context: Tensor) -> EquivariantTransform:
+        """The transform given a context; parameters are shared, contexts of two calls do not mix.
+
+        :param context: shape ``(*batch, C_context, *spatial)``, or ``(*batch, C_context)`` for one context spread
+            evenly over the grid; its batch shape broadcasts against the event's.
+        :raises TypeError: not a tensor, or not of the parameters' dtype or device.
+        :raises ValueError: wrong shape.
+        """
+        owner = f"{type(self).__name__}.condition"
+        size, spatial = self.context_type.size, event_dim(self.context_type) - 1
+        if isinstance(context, Tensor) and spatial and context.shape[-1:] == (size,):
+            has_channels_before_grid = context.dim() > spatial and context.shape[-1 - spatial] == size
+            if not has_channels_before_grid:
+                context = context[(...,) + spatial * (None,)]
+        parameter = next(self.transform.parameters(), None)
+        dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
+        check_event(context, self.context_type, owner, dtype, device)
+        check_finite(context, spatial + 1, owner)
+        conditioned = copy.copy(self.transform)
+        # Not by setattr: a context that is a torch.nn.Parameter would join the parameters that all calls share.
+        conditioned.__dict__["context"] = context
+        return conditioned

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps ``x + F(x)`` with a contraction ``F``: pushed, solved, and their log-dets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from escnn import nn as enn
+from torch import Tensor
+
+from pyro_equiflow.logdet import Estimator, LogDet, default_estimator
+from pyro_equiflow.nn import lipschitz_net
+from pyro_equiflow.nn.lipschitz import LipschitzConditioner
+from pyro_equiflow.ops.events import flatten_batch
+from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
+from pyro_equiflow.solvers.iteration import OnFailure
+from pyro_equiflow.transforms.base import Deferred
+from pyro_equiflow.transforms.conditional import ConditionableTransform, with_context_fields
+
+__all__ = ["ContractionTransform", "lipschitz_nets"]
+
+# Estimators and solvers want a positive constant; a network whose last layer is zero has the constant 0.
+_LEAST_BOUND = 1e-6
+
+
+class _Contraction(NamedTuple):
+    """``fn(x, *tensors)``, expanded for one call; which tensors have a row for each sample; the Lipschitz bound."""
+
+    fn: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    batched: tuple[bool, ...]
+    bound: float
+
+
+def lipschitz_nets(
+    count: int,
+    field_type: enn.FieldType,
+    context_type: enn.FieldType | None,
+    hidden_dims: Sequence[int],
+    identity_init: bool,
+    options: dict[str, Any],
+) -> list[enn.SequentialModule]:
+    """Networks for a factory; takes the keywords of :func:`lipschitz_net` out of ``options``."""
+    in_type, out_type = ContractionTransform.conditioner_types(field_type, context_type=context_type)
+    names = inspect.signature(lipschitz_net).parameters
+    chosen = {name: options.pop(name) for name in list(options) if name in names}
+    return [
+        lipschitz_net(in_type, out_type, hidden_dims=hidden_dims, zero_init=identity_init, **chosen)
+        for _ in range(count)
+    ]
+
+
+class ContractionTransform(ConditionableTransform):
+    r"""What transforms made of maps :math:`x + F(x)`, :math:`\operatorname{Lip}(F) \le c < 1`, have in common.
+
+    A subclass holds its networks, made by :meth:`_conditioner`, and lists them in :meth:`_steps`; both directions, the
+    log-dets and the gradients follow.
+
+    :param field_type: how the group acts on the event.
+    :param log_det: estimator of the log-det; by default :func:`~pyro_equiflow.logdet.default_estimator`'s choice.
+    :param solver: of the fixed point; by default :class:`~pyro_equiflow.solvers.Anderson`.
+    :param adjoint: how gradients pass through the solution; by default implicit differentiation.
+    :param tolerance: relative certified error of the solution, see :meth:`~pyro_equiflow.solvers.Solver.solve`.
+    :param max_steps: most evaluations a sample.
+    :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
+    :param context_type: how the group acts on the context.
+    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+    """
+
+    def __init__(
+        self,
+        field_type: enn.FieldType,
+        *,
+        log_det: Estimator | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        tolerance: float | None = None,
+        max_steps: int | None = None,
+        on_failure: OnFailure = "raise",
+        context_type: enn.FieldType | None = None,
+        cache_size: int = 1,
+    ) -> None:
+        super().__init__(field_type, context_type=context_type, cache_size=cache_size)
+        self.log_det = log_det
+        self.solver = solver
+        self.adjoint = adjoint
+        self.tolerance = tolerance
+        self.max_steps = max_steps
+        self.on_failure = on_failure
+
+    @staticmethod
+    def conditioner_types(
+        field_type: enn.FieldType, *, context_type: enn.FieldType | None = None
+    ) -> tuple[enn.FieldType, enn.FieldType]:
+        """The field types between which a conditioner maps: the event's (and the context's), and the event's."""
+        return with_context_fields(field_type, context_type), field_type
+
+    def _conditioner(self, network: enn.EquivariantModule, lipschitz: float) -> LipschitzConditioner:
+        in_type, out_type = self.conditioner_types(self.field_type, context_type=self.context_type)
+        return LipschitzConditioner(network, in_type, out_type, lipschitz)
+
+    def _steps(self) -> Sequence[tuple[LipschitzConditioner, bool]]:
+        """The maps ``x + F(x)`` that make up the transform in order: each its ``F``, and whether it is run forwards."""
+        raise NotImplementedError
+
+    # ---- what users ask -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def lipschitz_bound(self, spatial_shape: Sequence[int] | None = None) -> float:
+        """An upper bound of the networks' Lipschitz constants with the present weights, below 1; the largest of them.
+
+        :param spatial_shape: the grid; ``None`` for a bound that holds on every grid.
+        """
+        return max(conditioner.normalized(spatial_shape).bound for conditioner, _ in self._steps())
+
+    def inverse_solution(self, y: Tensor) -> Solution:
+        """The inverse at ``y`` as its solver found it: with certified errors, steps and convergence a sample.
+
+        :param y: shape ``(*batch, C, *spatial)``.
+        :return: a :class:`~pyro_equiflow.solvers.Solution` of batch shape ``batch``, no graph.
+        :raises ConvergenceError: a sample did not converge, unless ``on_failure`` says otherwise.
+        """
+        return self._solution(y, self._backwards())
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self._run(x, self._steps(), deferred=False)
+        return y, ladj()
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._run(y, self._backwards(), deferred=False)
+        return x, ladj()
+
+    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
+        return self._run(x, self._steps(), deferred=True)
+
+    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
+        return self._run(y, self._backwards(), deferred=True)
+
+    def _log_det(self, x: Tensor, y: Tensor) -> Tensor:
+        # A forward step comes first and starts at x, a solved one comes last and ends at y: nothing is solved here.
+        total = x.new_zeros(())
+        for conditioner, forwards in self._steps():
+            point, context, batch = self._batch(x if forwards else y)
+            value = self._estimate(self._contraction(conditioner, point, context), point).value.reshape(batch)
+            total = total + value if forwards else total - value
+        return total
+
+    # ---- the work -------------------------------------------------------------------------------------------------
+
+    def _backwards(self) -> Sequence[tuple[LipschitzConditioner, bool]]:
+        return [(conditioner, not forwards) for conditioner, forwards in reversed(self._steps())]
+
+    def _run(
+        self, x: Tensor, steps: Sequence[tuple[LipschitzConditioner, bool]], deferred: bool
+    ) -> tuple[Tensor, Deferred]:
+        x, context, batch = self._batch(x)
+        parts = []
+        for conditioner, forwards in steps:
+            map_ = self._contraction(conditioner, x, context)
+            x, ladj = self._push(map_, x, deferred) if forwards else self._pull(map_, x, deferred)
+            parts.append(ladj)
+        return x.reshape(*batch, *x.shape[1:]), lambda: sum((f() for f in parts[1:]), parts[0]()).reshape(batch)
+
+    @torch.no_grad()
+    def _solution(self, x: Tensor, steps: Sequence[tuple[LipschitzConditioner, bool]]) -> Solution:
+        """What the solver says where a transform of one solved step is run."""
+        self._check(x)
+        x, context, batch = self._batch(x)
+        for conditioner, forwards in steps:
+            map_ = self._contraction(conditioner, x, context)
+            if not forwards:
+                solution = self._root(map_, x)[1]
+                x = solution.value
+            else:
+                x = x + map_.fn(x, *map_.tensors)
+        value = solution.value.reshape(*batch, *x.shape[1:])
+        return Solution(value, *(field.reshape(batch) for field in solution[1:]))
+
+    def _batch(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """Events and contexts with one batch dimension, and the batch shape."""
+        x, context = self._with_context(x)
+        flat, batch = flatten_batch(x, self.event_dim)
+        return flat, None if context is None else flatten_batch(context, self.event_dim)[0], batch
+
+    def _contraction(self, conditioner: LipschitzConditioner, x: Tensor, context: Tensor | None) -> _Contraction:
+        (fn, tensors), bound = conditioner.normalized(x.shape[2:])
+        bound = max(bound, _LEAST_BOUND)
+        if context is None:
+            return _Contraction(fn, tensors, len(tensors) * (False,), bound)
+
+        def with_context(x: Tensor, context: Tensor, *tensors: Tensor) -> Tensor:
+            return fn(torch.cat([x, context], 1), *tensors)
+
+        return _Contraction(with_context, (context, *tensors), (True, *len(tensors) * (False,)), bound)
+
+    def _estimate(self, map_: _Contraction, x: Tensor) -> LogDet:
+        estimator = self.log_det or default_estimator(x.shape[1:].numel())
+        return estimator(map_.fn, x, map_.tensors, lipschitz=map_.bound, training=self.training)
+
+    def _push(self, map_: _Contraction, x: Tensor, deferred: bool) -> tuple[Tensor, Deferred]:
+        """``x + F(x)``, and what gives its log-det."""
+        if deferred:
+            return x + map_.fn(x, *map_.tensors), lambda: self._estimate(map_, x).value
+        found = self._estimate(map_, x)
+        return x + found.output, lambda: found.value
+
+    def _pull(self, map_: _Contraction, y: Tensor, deferred: bool) -> tuple[Tensor, Deferred]:
+        """The root of ``x + F(x) = y``, and what gives the log-det of that inverse map."""
+        x = self._root(map_, y)[0]
+        if deferred:
+            return x, lambda: -self._estimate(map_, x).value
+        found = self._estimate(map_, x)
+        return x, lambda: -found.value
+
+    def _root(self, map_: _Contraction, y: Tensor) -> tuple[Tensor, Solution]:
+        fn = map_.fn
+
+        def phi(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+            return y - fn(x, *tensors)
+
+        return fixed_point(
+            phi,
+            y.detach(),
+            (y, *map_.tensors),
+            lipschitz=map_.bound,
+            batched=(True, *map_.batched),
+            solver=self.solver,
+            adjoint=self.adjoint,
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+            on_failure=self.on_failure,
+        )
