@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,57 +16,9 @@ from pyro_equiflow.logdet.base import (
     forward_pass,
     rounding_allowance,
 )
+from pyro_equiflow.ops.dense import dense_jacobian, log_abs_det
 
-__all__ = ["Exact", "dense_jacobian", "log_abs_det"]
-
-
-def dense_jacobian(y: Tensor, x: Tensor, rows: int, create_graph: bool) -> Tensor:
-    """Jacobians ``(B, D, D)`` of ``y = fn(x)`` a sample, ``rows`` rows at a time by batched reverse passes.
-
-    Reverse passes over one forward pass were faster than forward mode at every event size tried, forward and
-    backward together.
-    """
-    batch, size = x.shape[0], x.shape[1:].numel()
-    if not y.requires_grad:
-        return x.new_zeros(batch, size, size)
-    identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, 1, *x.shape[1:])
-    batched = rows > 1
-    parts = []
-    for start in range(0, size, rows):
-        chosen = identity[start : start + rows].expand(-1, *x.shape)
-        found = torch.autograd.grad(
-            y,
-            x,
-            chosen if batched else chosen[0],
-            retain_graph=True,
-            create_graph=create_graph,
-            is_grads_batched=batched,
-            allow_unused=True,
-        )
-        # None where y does not depend on x; torch's annotation leaves that out.
-        part = cast("Tensor | None", found[0])
-        if part is None:
-            return x.new_zeros(batch, size, size)
-        parts.append(part if batched else part[None])
-    jacobian = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return jacobian.reshape(size, batch, size).transpose(0, 1)
-
-
-def log_abs_det(matrix: Tensor) -> Tensor:
-    """Log of the absolute determinant, ``(*batch, D, D)`` to ``(*batch,)``; closed form up to 3x3."""
-    size = matrix.shape[-1]
-    if size > 3:
-        return torch.linalg.slogdet(matrix).logabsdet
-    rows = [row.unbind(-1) for row in matrix.unbind(-2)]
-    if size == 1:
-        det = rows[0][0]
-    elif size == 2:
-        (a, b), (c, d) = rows
-        det = a * d - b * c
-    else:
-        (a, b, c), (d, e, f), (g, h, i) = rows
-        det = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-    return det.abs().log()
+__all__ = ["Exact", "dense_jacobian"]
 
 
 @dataclass(frozen=True, kw_only=True)

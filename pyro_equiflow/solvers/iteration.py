@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_equiflow.errors import ConvergenceError
 
-__all__ = ["Map", "OnFailure", "Proposals", "Solution", "Solver", "event_norm"]
+__all__ = ["Map", "OnFailure", "Proposals", "Solution", "Solver", "event_norm", "report", "take"]
 
 Map = Callable[[Tensor, "Tensor | None"], Tensor]
 OnFailure = Literal["raise", "warn", "ignore"]
@@ -41,6 +41,11 @@ class Solution(NamedTuple):
 def event_norm(x: Tensor) -> Tensor:
     """2-norm over all but the first dimension, in float64: squares of small float32 numbers would vanish."""
     return torch.linalg.vector_norm(_flat(x), dim=1, dtype=torch.float64)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` for indices of rows, in half the time on small tensors."""
+    return x.index_select(0, rows)
 
 
 class Proposals(Protocol):
@@ -153,23 +158,23 @@ class Solver(ABC):
             if step >= limit:
                 leaving = torch.ones_like(leaving)
             if leaving.any():
-                gone = active[leaving]
-                value[gone], relative[gone], residual[gone] = (
-                    best[leaving],
-                    best_relative[leaving],
-                    best_residual[leaving],
-                )
-                steps[gone] = step
+                out = leaving.nonzero()[:, 0]
+                gone = take(active, out)
+                value.index_copy_(0, gone, take(best, out))
+                relative.index_copy_(0, gone, take(best_relative, out))
+                residual.index_copy_(0, gone, take(best_residual, out))
+                steps.index_fill_(0, gone, step)
+                if len(out) == len(active):
+                    break
                 rows = (~leaving).nonzero()[:, 0]
-                active, best = active[rows], best[rows]
-                best_relative, best_residual = best_relative[rows], best_residual[rows]
-                x, f, found = x[rows], f[rows], found[rows]
+                active, best, best_relative, best_residual, x, f, found = (
+                    take(t, rows) for t in (active, best, best_relative, best_residual, x, f, found)
+                )
                 proposals.keep(rows)
-            if len(active):
-                x = proposals.propose(x, f, found)
+            x = proposals.propose(x, f, found)
         error = relative * event_norm(value).clamp(min=1)
         solution = Solution(value.reshape(x0.shape), error, residual, relative <= tolerance, steps)
-        _report(solution, relative, tolerance, lipschitz, on_failure)
+        report(solution, tolerance, lipschitz, on_failure)
         return solution
 
     def _check(
@@ -221,9 +226,11 @@ def _check_image(image: Tensor, x0: Tensor) -> None:
         )
 
 
-def _report(solution: Solution, relative: Tensor, tolerance: float, lipschitz: float, on_failure: OnFailure) -> None:
+def report(solution: Solution, tolerance: float, lipschitz: float, on_failure: OnFailure) -> None:
+    """Raises or warns, as ``on_failure`` says, where a sample has not converged."""
     if on_failure == "ignore" or solution.converged.all():
         return
+    relative = solution.error / event_norm(solution.value).clamp(min=1)
     worst = int(relative.argmax())
     message = (
         f"{_count(~solution.converged)} did not converge in {int(solution.steps.max())} steps: worst residual "

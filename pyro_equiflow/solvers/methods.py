@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_equiflow.solvers.iteration import Proposals, Solver
+from pyro_equiflow.ops.dense import solve_definite
+from pyro_equiflow.solvers.iteration import Proposals, Solver, take
 
 __all__ = ["Anderson", "FixedPoint"]
 
@@ -66,7 +67,8 @@ class Anderson(Solver):
         >>> bool(solution.converged.all())
         True
 
-    :param memory: how many differences are kept; each costs two tensors like the batch.
+    :param memory: how many differences are kept, at most as many as an event has entries: more would be dependent.
+        Each costs two tensors like the batch.
     :param regularization: :math:`\lambda`; never below 16 machine epsilons, where normal equations lose definiteness.
     :param rounding: see :class:`Solver`.
 
@@ -89,7 +91,7 @@ class Anderson(Solver):
 
 
 class _Mixed:
-    """Slot ``i`` of a sample's memory holds one pair of differences; a slot never filled is zero and has no weight."""
+    """Item ``i`` of the memory holds one pair of differences for every sample."""
 
     def __init__(self, lipschitz: float, memory: int, regularization: float) -> None:
         self._lipschitz = lipschitz
@@ -99,47 +101,61 @@ class _Mixed:
         # Rows of samples: the kept point's image and residual, the bound on the next residual, whether the next point
         # is plain; the differences and the inner products of those of residuals.
         self._state: list[Tensor] = []
+        self._delta_f: list[Tensor] = []
+        self._delta_r: list[Tensor] = []
 
     def keep(self, rows: Tensor) -> None:
-        self._state = [tensor[rows] for tensor in self._state]
+        self._state, self._delta_f, self._delta_r = (
+            [take(tensor, rows) for tensor in tensors] for tensors in (self._state, self._delta_f, self._delta_r)
+        )
 
     def propose(self, x: Tensor, f: Tensor, residual: Tensor) -> Tensor:
         r = f - x
         if not self._state:
             size, n = f.shape
-            zeros = f.new_zeros(size, self._memory, n)
+            self._memory = min(self._memory, n)
             gram = f.new_zeros(size, self._memory, self._memory, dtype=torch.float64)
             bound = self._lipschitz * residual
-            self._state = [f, r, bound, torch.ones_like(bound, dtype=torch.bool), zeros, zeros.clone(), gram]
+            self._state = [f, r, bound, torch.ones_like(bound, dtype=torch.bool), gram]
             return f
-        base_f, base_r, bound, plain, delta_f, delta_r, gram = self._state
-        self._remember(f - base_f, r - base_r, delta_f, delta_r, gram)
+        base_f, base_r, bound, plain, gram = self._state
         # Not (a > b), so that a non-finite mixed point is refused; a plain one has nothing to fall back to.
         accepted = plain | (residual <= bound)
         column = accepted[:, None]
+        if self._memory:
+            self._remember(f - base_f, r - base_r, torch.isfinite(residual)[:, None], gram)
         base_f, base_r = torch.where(column, f, base_f), torch.where(column, r, base_r)
         bound = torch.where(accepted, self._lipschitz * bound, bound)
-        self._state = [base_f, base_r, bound, ~accepted, delta_f, delta_r, gram]
-        mixed = base_f - (self._weights(base_r, delta_r, gram)[:, :, None] * delta_f).sum(1)
+        self._state = [base_f, base_r, bound, ~accepted, gram]
+        mixed = base_f
+        if self._memory:
+            for weight, delta in zip(self._weights(base_r, gram).split(1, 1), self._delta_f):
+                mixed = torch.addcmul(mixed, weight, delta, value=-1)
         return torch.where(column, mixed, base_f)
 
-    def _remember(self, new_f: Tensor, new_r: Tensor, delta_f: Tensor, delta_r: Tensor, gram: Tensor) -> None:
+    def _remember(self, new_f: Tensor, new_r: Tensor, usable: Tensor, gram: Tensor) -> None:
         # One non-finite pair would spoil every later mix.
-        usable = (torch.isfinite(new_r).all(1) & torch.isfinite(new_f).all(1))[:, None]
+        if not usable.all():
+            new_f, new_r = torch.where(usable, new_f, 0), torch.where(usable, new_r, 0)
         slot = self._slot
-        delta_f[:, slot] = torch.where(usable, new_f, 0)
-        delta_r[:, slot] = torch.where(usable, new_r, 0)
-        # Sums of products, not batched matrix products: their rounding does not depend on the batch's size.
-        row = (delta_r * delta_r[:, slot : slot + 1]).sum(2, dtype=torch.float64)
-        gram[:, slot], gram[:, :, slot] = row, row
+        self._delta_f[slot : slot + 1], self._delta_r[slot : slot + 1] = [new_f], [new_r]
+        row = _products(self._delta_r, new_r)
+        filled = row.shape[1]
+        gram[:, slot, :filled], gram[:, :filled, slot] = row, row
         self._slot = (slot + 1) % self._memory
 
-    def _weights(self, r: Tensor, delta_r: Tensor, gram: Tensor) -> Tensor:
+    def _weights(self, r: Tensor, gram: Tensor) -> Tensor:
+        filled = len(self._delta_r)
+        gram = gram[:, :filled, :filled]
         scale = gram.diagonal(dim1=1, dim2=2).clamp(min=1e-300).rsqrt()
-        matrix = scale[:, :, None] * gram * scale[:, None, :]
         shift = max(self._regularization, 16 * torch.finfo(r.dtype).eps)
-        matrix = matrix + shift * torch.eye(self._memory, dtype=matrix.dtype, device=matrix.device)
-        # Empty slots leave a zero row but for the shift, and a right-hand side of zero: no weight.
-        right = scale * (delta_r * r[:, None]).sum(2, dtype=torch.float64)
-        weights = scale * torch.linalg.solve_ex(matrix, right[:, :, None])[0][:, :, 0]
+        # A pair of no difference leaves a zero row but for the shift, and a right-hand side of zero: no weight.
+        matrix = scale[:, :, None] * gram * scale[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).add_(shift)
+        weights = scale * solve_definite(matrix, scale * _products(self._delta_r, r))
         return torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0).to(r.dtype)
+
+
+def _products(rows: list[Tensor], vector: Tensor) -> Tensor:
+    """Inner products, float64. Not by batched matrix products: their rounding depends on the batch's size."""
+    return torch.stack([torch.linalg.vecdot(row, vector) for row in rows], 1).double()
