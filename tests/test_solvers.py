@@ -8,11 +8,21 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from pyro_equiflow.errors import ConvergenceError
-from pyro_equiflow.solvers import Anderson, FixedPoint, ImplicitAdjoint, Solution, UnrolledAdjoint, fixed_point
+from pyro_equiflow.ops.dense import solve_definite
+from pyro_equiflow.solvers import (
+    Anderson,
+    DenseAdjoint,
+    FixedPoint,
+    ImplicitAdjoint,
+    Solution,
+    UnrolledAdjoint,
+    fixed_point,
+)
 
 SOLVERS = {"fixed point": FixedPoint(), "anderson": Anderson(), "anderson, memory 1": Anderson(memory=1)}
 LIPSCHITZ = (0.5, 0.9, 0.99)
 DTYPES = (torch.float64, torch.float32)
+ADJOINTS = {"implicit": ImplicitAdjoint(), "dense": DenseAdjoint()}
 
 
 @pytest.fixture(params=SOLVERS.values(), ids=SOLVERS.keys())
@@ -21,7 +31,7 @@ def solver(request):
 
 
 def _unit(matrix):
-    return matrix / torch.linalg.matrix_norm(matrix, 2)
+    return matrix / torch.linalg.matrix_norm(matrix, 2, keepdim=True)
 
 
 def _tanh_weights(dtype=torch.float64, size=6, hidden=16, seed=0):
@@ -276,10 +286,10 @@ def _leaves(batch=4, size=3):
     return [t.clone().requires_grad_() for t in (y, *_tanh_weights(size=size, hidden=4))]
 
 
+@pytest.mark.parametrize("adjoint", (ImplicitAdjoint(tolerance=1e-12), DenseAdjoint()), ids=ADJOINTS)
 @pytest.mark.parametrize("c", LIPSCHITZ)
-def test_gradcheck_in_weights_and_data(c):
+def test_gradcheck_in_weights_and_data(c, adjoint):
     tensors = _leaves()
-    adjoint = ImplicitAdjoint(tolerance=1e-12)
 
     def solved(*tensors):
         x0 = tensors[0].detach()
@@ -289,9 +299,9 @@ def test_gradcheck_in_weights_and_data(c):
     assert gradcheck(solved, tensors, atol=1e-5, rtol=1e-4)
 
 
-def test_double_backward_is_right():
+@pytest.mark.parametrize("adjoint", (ImplicitAdjoint(tolerance=1e-12), DenseAdjoint()), ids=ADJOINTS)
+def test_double_backward_is_right(adjoint):
     tensors = _leaves(batch=2, size=2)
-    adjoint = ImplicitAdjoint(tolerance=1e-12)
 
     def solved(*tensors):
         x0 = tensors[0].detach()
@@ -302,13 +312,14 @@ def test_double_backward_is_right():
     assert gradgradcheck(solved, tensors, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checked", ADJOINTS.values(), ids=ADJOINTS)
 @pytest.mark.parametrize("c", LIPSCHITZ)
-def test_implicit_and_unrolled_gradients_agree(c):
+def test_gradients_agree_with_unrolled_ones(c, checked):
     tensors = _leaves(batch=10)
     # Unequal weights, over many magnitudes: each sample's gradient is its own.
     weight = torch.logspace(-6, 3, 10, dtype=torch.float64)[:, None] * torch.randn(10, 3, dtype=torch.float64)
     found = []
-    for adjoint in (ImplicitAdjoint(), UnrolledAdjoint()):
+    for adjoint in (checked, UnrolledAdjoint()):
         value, solution = fixed_point(
             _residual_inverse(c),
             tensors[0].detach(),
@@ -326,10 +337,11 @@ def test_implicit_and_unrolled_gradients_agree(c):
         assert (implicit - unrolled).norm() <= 1e-8 * unrolled.norm()
 
 
-def test_second_derivatives_agree_with_unrolled_ones():
+@pytest.mark.parametrize("checked", ADJOINTS.values(), ids=ADJOINTS)
+def test_second_derivatives_agree_with_unrolled_ones(checked):
     tensors = _leaves()
     found = []
-    for adjoint in (ImplicitAdjoint(), UnrolledAdjoint()):
+    for adjoint in (checked, UnrolledAdjoint()):
         value, _ = fixed_point(
             _residual_inverse(0.7), tensors[0].detach(), tensors, lipschitz=0.7, batched=BATCHED, adjoint=adjoint
         )
@@ -339,10 +351,13 @@ def test_second_derivatives_agree_with_unrolled_ones():
         assert (implicit - unrolled).norm() <= 1e-7 * unrolled.norm()
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_scaled_loss_scales_the_gradient(dtype):
+def test_a_scaled_loss_scales_the_gradient(dtype, adjoint):
     tensors = [t.detach().to(dtype).requires_grad_() for t in _leaves(batch=8)]
-    value, _ = fixed_point(_residual_inverse(0.9), tensors[0].detach(), tensors, lipschitz=0.9, batched=BATCHED)
+    value, _ = fixed_point(
+        _residual_inverse(0.9), tensors[0].detach(), tensors, lipschitz=0.9, batched=BATCHED, adjoint=adjoint
+    )
     loss = (value**2).sum()
     plain = grad(loss, tensors, retain_graph=True)
     # By powers of two to the last bit, by others to rounding: a rounded upstream gradient may stop a step apart.
@@ -355,14 +370,18 @@ def test_a_scaled_loss_scales_the_gradient(dtype):
             assert (factor * a - b).norm() <= bound * factor * a.norm()
 
 
-def test_samples_without_upstream_gradient_get_none():
+@pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
+def test_samples_without_upstream_gradient_get_none(adjoint):
     tensors = _leaves()
-    value, _ = fixed_point(_residual_inverse(0.9), tensors[0].detach(), tensors, lipschitz=0.9, batched=BATCHED)
+    value, _ = fixed_point(
+        _residual_inverse(0.9), tensors[0].detach(), tensors, lipschitz=0.9, batched=BATCHED, adjoint=adjoint
+    )
     (data,) = grad(value[1].sum(), tensors[:1])
     assert (data[[0, 2, 3]] == 0).all() and (data[1] != 0).all()
 
 
-def test_frozen_unused_and_integer_tensors():
+@pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
+def test_frozen_unused_and_integer_tensors(adjoint):
     a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     unused = torch.ones(2, dtype=torch.float64, requires_grad=True)
     which = torch.tensor([0, 1, 1])
@@ -374,12 +393,14 @@ def test_frozen_unused_and_integer_tensors():
         tensors,
         lipschitz=0.5,
         batched=(False, False, True, False),
+        adjoint=adjoint,
     )
     found = grad(value.sum(), (a, unused), allow_unused=True)
     torch.testing.assert_close(found[0], 4 * table[which].sum())
     assert found[1] is None
     # A map that x does not enter.
-    value, _ = fixed_point(lambda x, a: a.expand(3), torch.zeros(3, dtype=torch.float64), (a,), lipschitz=0.0)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    value, _ = fixed_point(lambda x, a: a.expand(3), zeros, (a,), lipschitz=0.0, adjoint=adjoint)
     assert grad(value.sum(), a)[0] == 3
 
 
@@ -416,3 +437,184 @@ def test_memory_does_not_grow_with_steps():
     assert many_steps > 2 * few_steps
     assert few == many == size
     assert saved(UnrolledAdjoint(steps=20))[0] > saved(UnrolledAdjoint(steps=10))[0] > many
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_dense_and_implicit_adjoints_meet_the_direct_solution(size):
+    # Events of two dimensions, samples that converge at different steps, up to the bound.
+    strength = torch.tensor([0.1, 0.99, 0.3, 0.9, 0.0], dtype=torch.float64)
+    matrices = strength[:, None, None] * _unit(torch.randn(5, size, size, dtype=torch.float64))
+    matrices.requires_grad_()
+    b = torch.randn(5, size, 1, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(5, size, 1, dtype=torch.float64)
+    eye = torch.eye(size, dtype=torch.float64)
+    wanted = grad((u * torch.linalg.solve(eye - matrices, b)).sum(), (matrices, b))
+    for adjoint in (None, *ADJOINTS.values()):
+        value, _ = fixed_point(
+            lambda x, m, b: m @ x + b, b.detach(), (matrices, b), lipschitz=0.99, batched=(True, True), adjoint=adjoint
+        )
+        for found, exact in zip(grad((u * value).sum(), (matrices, b)), wanted):
+            assert (found - exact).norm() <= 1e-8 * exact.norm()
+
+
+def test_the_dense_adjoint_spends_one_reverse_pass_an_entry():
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            passes.append(g)
+            return g
+
+    passes: list[torch.Tensor] = []
+    tensors = _leaves(size=2)
+    for adjoint, most in ((None, 3), (ImplicitAdjoint(), 6)):
+        value, _ = fixed_point(
+            lambda x, y, *w: Counted.apply(y - 0.9 * _tanh_net(x, *w)),
+            tensors[0].detach(),
+            tensors,
+            lipschitz=0.9,
+            batched=BATCHED,
+            adjoint=adjoint,
+        )
+        passes.clear()
+        grad(value.sum(), tensors)
+        assert len(passes) <= most, adjoint
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_definite_systems_are_solved_alike_in_any_batch(size):
+    matrix = torch.eye(size, dtype=torch.float64) - 0.999 * _unit(torch.randn(64, size, size, dtype=torch.float64))
+    right = torch.randn(64, size, dtype=torch.float64)
+    found = solve_definite(matrix, right)
+    residual = (matrix @ found[:, :, None])[:, :, 0] - right
+    assert (residual.norm(dim=1) <= 1e-14 * (1 + found.norm(dim=1))).all()
+    for rows in ([5], [3, 9, 60]):
+        assert torch.equal(solve_definite(matrix[rows], right[rows]), found[rows])
+
+
+def test_anderson_remembers_no_more_than_an_event_has_entries():
+    turn = 0.99 * torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64))[0]
+    b = torch.randn(40, 2, dtype=torch.float64)
+    results = [
+        Anderson(memory=m).solve(lambda x, i: x @ turn.T + _rows(b, i), torch.zeros_like(b), lipschitz=0.99)
+        for m in (2, 5)
+    ]
+    for two, five in zip(*results):
+        assert torch.equal(two, five)
+    # Two secants hold all of a linear map of the plane, but for the shift of the normal equations.
+    assert results[0].steps.max() <= 8
+
+
+# Refinement: float32 certified by float64
+
+
+def _sine_net(x, *layers):
+    for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
+        x = torch.sin(2 * torch.pi * (x @ weight.T + bias)) / (2 * torch.pi)
+    return x @ layers[-2].T + layers[-1]
+
+
+def _sine_weights(c, seed, size=2, hidden=64):
+    generator = torch.Generator().manual_seed(seed)
+    frame, _ = torch.linalg.qr(torch.randn(hidden, size, generator=generator))
+    turn, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))
+    # Near the bound where biases are small, far below it where they are not.
+    bias = 0.1 * seed * torch.randn(hidden, generator=generator)
+    factor = 0.999999 * c ** (1 / 3)
+    return [factor * frame, bias, factor * turn, bias.flip(0), -factor * (turn @ frame).T, torch.zeros(size)]
+
+
+def _sine_map(x, y, *weights):
+    return y - _sine_net(x, *weights)
+
+
+@pytest.mark.parametrize("c", [0.9, 0.99])
+@pytest.mark.parametrize("seed", range(4))
+def test_refined_float32_is_certified_beyond_its_rounding(c, seed):
+    weights = _sine_weights(c, seed)
+    x = torch.randn(200, 2)
+    y = x + _sine_net(x, *weights)
+    tensors = [y, *weights]
+    batched = (True,) + 6 * (False,)
+    value, solution = fixed_point(_sine_map, y, tensors, lipschitz=c, batched=batched, refine=True)
+    _, plain = fixed_point(_sine_map, y, tensors, lipschitz=c, batched=batched)
+    wide = [t.double() for t in tensors]
+    _, exact = fixed_point(_sine_map, wide[0], wide, lipschitz=c, batched=batched, tolerance=1e-12)
+    scale = value.double().norm(dim=1).clamp(min=1)
+    assert value.dtype == torch.float32 and solution.error.dtype == torch.float64
+    assert solution.converged.all() and (solution.error <= 2.001e-6 * scale).all()
+    assert ((value.double() - exact.value).norm(dim=1) <= solution.error + exact.error).all()
+    # What rounding to float32 may add is in the certified error.
+    assert (solution.error >= 2.0**-24 * value.double().norm(dim=1)).all()
+    assert (solution.steps - plain.steps).max() <= 5
+    # float32 alone cannot: 2 eps / (1 - c) is more already.
+    assert c == 0.9 or (plain.error > 2e-5 * scale).all()
+
+
+def test_refinement_leaves_certified_samples_to_the_last_bit():
+    phi, y, strength = _varied(dtype=torch.float32)
+    hard = strength[:, 0] > 0.9
+    seen = []
+
+    def mapped(x, y, strength):
+        seen.append((x.dtype, len(x)))
+        return y - strength * torch.sin(x.roll(1, 1) - 0.3)
+
+    options = {"lipschitz": 0.99, "batched": (True, True), "tolerance": 5e-5}
+    _, refined = fixed_point(mapped, y, (y, strength), refine=True, **options)
+    plain = Anderson().solve(phi, y, lipschitz=0.99)
+    easy = plain.error <= 5e-5 * plain.value.norm(dim=1).clamp(min=1)
+    assert easy.any() and not easy.all() and (~easy)[hard].any()
+    for field, first in zip((refined.value, refined.error, refined.steps), (plain.value, plain.error, plain.steps)):
+        assert torch.equal(field[easy], first[easy])
+    assert refined.converged.all()
+    assert max(n for dtype, n in seen if dtype == torch.float64) == int((~easy).sum())
+    # A refined sample is the same alone.
+    for i in range(len(y)):
+        alone = fixed_point(mapped, y[i : i + 1], (y[i : i + 1], strength[i : i + 1]), refine=True, **options)[1]
+        for field, whole in zip(alone, refined):
+            assert torch.equal(field, whole[i : i + 1])
+
+
+def test_refinement_reports_failure_and_is_nothing_in_float64():
+    phi = lambda x, b: 0.99 * x.flip(1) + b  # noqa: E731
+    b = torch.randn(5, 2)
+    options = {"lipschitz": 0.99, "batched": (True,), "solver": FixedPoint(), "refine": True}
+    with pytest.raises(ConvergenceError, match="tolerance=2.00e-06 with lipschitz=0.99"):
+        fixed_point(phi, b, (b,), max_steps=3, **options)
+    solution = fixed_point(phi, b, (b,), max_steps=3, on_failure="ignore", **options)[1]
+    assert not solution.converged.any() and (solution.steps == 6).all()
+    with pytest.raises(ValueError, match=r"tolerance: expected above 1.2e-07"):
+        fixed_point(phi, b, (b,), tolerance=1e-7, **options)
+    # A map that closes over float32 cannot be taken to float64.
+    with pytest.raises((ValueError, RuntimeError), match="float"):
+        fixed_point(lambda x, y: 0.9 * (x @ torch.eye(2)) + y, b, (b,), **options)
+    wide = b.double()
+    again = [fixed_point(phi, wide, (wide,), **{**options, "refine": refine})[1] for refine in (True, False)]
+    for refined, plain in zip(*again):
+        assert torch.equal(refined, plain)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
+def test_gradients_at_a_refined_value(adjoint):
+    weights = _sine_weights(0.99, 1)
+    tensors = [t.requires_grad_() for t in (torch.randn(20, 2), *weights)]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    u = torch.randn(20, 2)
+    found = []
+    for leaves in (tensors, wide):
+        value, _ = fixed_point(
+            _sine_map,
+            leaves[0].detach(),
+            leaves,
+            lipschitz=0.99,
+            batched=(True,) + 6 * (False,),
+            adjoint=adjoint,
+            refine=True,
+        )
+        found.append(grad((u * value).sum(), leaves))
+    for narrow, exact in zip(*found):
+        assert (narrow - exact).norm() <= 1e-4 * exact.norm()

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_equiflow.solvers.iteration import Map, OnFailure, Solution, Solver, event_norm
+from pyro_equiflow.ops.dense import dense_jacobian, solve_definite
+from pyro_equiflow.solvers.iteration import Map, OnFailure, Solver, event_norm, take
 from pyro_equiflow.solvers.methods import Anderson
 
-__all__ = ["Adjoint", "ImplicitAdjoint", "UnrolledAdjoint", "fixed_point"]
+__all__ = ["Adjoint", "DenseAdjoint", "ImplicitAdjoint", "Problem", "UnrolledAdjoint", "per_sample"]
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """The map ``phi(x, *tensors)``, which tensors hold a row for each sample, and its Lipschitz bound."""
 
     phi: Callable[..., Tensor]
@@ -28,7 +29,7 @@ class _Problem(NamedTuple):
     def rows(self, tensors: Sequence[Tensor], index: Tensor | None) -> list[Tensor]:
         if index is None:
             return list(tensors)
-        return [t[index] if per_sample else t for t, per_sample in zip(tensors, self.batched)]
+        return [take(t, index) if per_sample else t for t, per_sample in zip(tensors, self.batched)]
 
 
 class Adjoint(ABC):
@@ -55,8 +56,45 @@ class Adjoint(ABC):
         """
 
 
+class _Linear(NamedTuple):
+    r"""The system :math:`(1 - J^\top)\, g = u` of a problem at its fixed point, with one evaluation on a graph.
+
+    :ivar leaves: ``tensors``, detached and with a graph to ``image`` where a gradient is needed.
+    :ivar x: the fixed point, a leaf.
+    :ivar image: ``phi(x, *leaves)``.
+    :ivar upstream: :math:`u`.
+    """
+
+    problem: Problem
+    leaves: list[Tensor]
+    x: Tensor
+    image: Tensor
+    upstream: Tensor
+
+
+class _AtTheRoot(Adjoint):
+    r"""Implicit differentiation; subclasses say how the linear system is solved."""
+
+    def attach(
+        self,
+        phi: Callable[..., Tensor],
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        *,
+        lipschitz: float,
+        batched: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """See :meth:`Adjoint.attach`; what ``value`` holds is returned to the last bit."""
+        problem = Problem(phi, per_sample(tensors, batched, value), lipschitz)
+        return _Implicit.apply(self, problem, value.detach(), *tensors)
+
+    @abstractmethod
+    def _solve(self, linear: _Linear) -> Tensor:
+        """The solution of the linear system, shape and dtype of the upstream gradient, without a graph."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImplicitAdjoint(Adjoint):
+class ImplicitAdjoint(_AtTheRoot):
     r"""Implicit differentiation: with :math:`J = \partial\phi/\partial x` at the fixed point and an upstream gradient
     :math:`u`,
 
@@ -83,35 +121,51 @@ class ImplicitAdjoint(Adjoint):
     max_steps: int | None = None
     on_failure: OnFailure = "raise"
 
-    def attach(
-        self,
-        phi: Callable[..., Tensor],
-        value: Tensor,
-        tensors: Sequence[Tensor],
-        *,
-        lipschitz: float,
-        batched: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """See :meth:`Adjoint.attach`; what ``value`` holds is returned to the last bit."""
-        problem = _Problem(phi, _per_sample(tensors, batched, value), lipschitz)
-        return _Implicit.apply(self, problem, value.detach(), *tensors)
-
-    def _solve(self, problem: _Problem, value: Tensor, tensors: Sequence[Tensor], upstream: Tensor) -> Tensor:
-        """The solution of the linear system, without a graph."""
-        if not torch.isfinite(upstream).all():
-            raise ValueError("expected a finite gradient at the fixed point in backward(), found one that is not")
+    def _solve(self, linear: _Linear) -> Tensor:
+        upstream = linear.upstream
         exponent = torch.frexp(event_norm(upstream)).exponent.clamp(-120, 120)
         exponent = exponent.reshape(-1, *(1 for _ in upstream.shape[1:]))
         scaled = torch.ldexp(upstream, -exponent)
         solution = self.solver.solve(
-            _transposed(problem, value, tensors, scaled),
+            _transposed(linear._replace(upstream=scaled)),
             scaled,
-            lipschitz=problem.lipschitz,
+            lipschitz=linear.problem.lipschitz,
             tolerance=self.tolerance,
             max_steps=self.max_steps,
             on_failure=self.on_failure,
         )
         return torch.ldexp(solution.value, exponent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseAdjoint(_AtTheRoot):
+    r"""Implicit differentiation as of :class:`ImplicitAdjoint`, with every sample's dense Jacobian: the system
+    :math:`(1 - J^\top)\, g = u` is solved directly, up to 3 x 3 in closed form and by LU beyond.
+
+    A backward pass is one evaluation of :math:`\phi` on a graph, one reverse pass for each entry of an event, and one
+    to ``tensors``; memory :math:`B D^2`. So it suits small events. Linear in :math:`u`, and exact to rounding,
+    :math:`\epsilon / (1 - c)` relative to :math:`u`, so there is no tolerance. Derivatives of any order are right.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.solvers import fixed_point
+        >>> a, b = torch.tensor(0.5, requires_grad=True), torch.ones(3, 2)
+        >>> x, _ = fixed_point(lambda x, a: a * x + b, b, (a,), lipschitz=0.5, adjoint=DenseAdjoint())
+        >>> torch.autograd.grad(x.sum(), a)[0].round(decimals=3)
+        tensor(24.)
+
+    Reference: Lu et al., *Implicit normalizing flows* (arXiv 2103.09527), who solve the same system by Broyden's
+    method.
+    """
+
+    def _solve(self, linear: _Linear) -> Tensor:
+        # One reverse pass after another was as fast as all in one by vmap, and asks less of phi.
+        jacobian = dense_jacobian(linear.image, linear.x, 1, create_graph=False)
+        size = jacobian.shape[1]
+        system = torch.eye(size, dtype=jacobian.dtype, device=jacobian.device) - jacobian.transpose(1, 2)
+        flat = linear.upstream.reshape(len(system), size)
+        return solve_definite(system, flat).reshape(linear.upstream.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +194,7 @@ class UnrolledAdjoint(Adjoint):
         batched: Sequence[bool] | None = None,
     ) -> Tensor:
         """See :meth:`Adjoint.attach`; the value is that of the last step."""
-        _per_sample(tensors, batched, value)
+        per_sample(tensors, batched, value)
         steps = self.steps
         if steps is None:
             steps = math.ceil(math.log(1e-12 * (1 - lipschitz)) / math.log(min(max(lipschitz, 1e-3), 1 - 1e-12)))
@@ -150,57 +204,8 @@ class UnrolledAdjoint(Adjoint):
         return x
 
 
-def fixed_point(
-    phi: Callable[..., Tensor],
-    x0: Tensor,
-    tensors: Sequence[Tensor],
-    *,
-    lipschitz: float,
-    batched: Sequence[bool] | None = None,
-    solver: Solver | None = None,
-    adjoint: Adjoint | None = None,
-    tolerance: float | None = None,
-    max_steps: int | None = None,
-    on_failure: OnFailure = "raise",
-) -> tuple[Tensor, Solution]:
-    r"""The fixed point :math:`x^* = \phi(x^*, \theta)` of a contraction, differentiable with respect to :math:`\theta`.
-
-    Example::
-
-        >>> import torch
-        >>> a, b = torch.tensor(0.5, requires_grad=True), torch.ones(3, 2)
-        >>> x, solution = fixed_point(lambda x, a, b: a * x + b, b, (a, b), lipschitz=0.5, batched=(False, True))
-        >>> torch.autograd.grad(x.sum(), a)[0].round(decimals=3)  # of 6 / (1 - a)
-        tensor(24.)
-
-    :param phi: the map, ``phi(x, *tensors)``; each row of the result depends on the same row of ``x`` and of the
-        batched tensors only.
-    :param x0: where to start, shape ``(B, *event)``, float32 or float64; no gradient flows to it.
-    :param tensors: everything :math:`\phi` depends on that needs a gradient or has a row for each sample.
-    :param lipschitz: upper bound of the Lipschitz constant in ``x``, 2-norm over the event, in [0, 1).
-    :param batched: for each tensor whether its first dimension is the batch, so that converged samples can be left
-        out; by default none is.
-    :param solver: by default ``Anderson()``.
-    :param adjoint: by default ``ImplicitAdjoint()``.
-    :param tolerance: as in :meth:`Solver.solve`, and so are ``max_steps`` and ``on_failure``.
-    :return: the value with its graph, and the :class:`Solution`.
-    :raises ValueError: as :meth:`Solver.solve`, or ``batched`` that does not fit.
-    :raises ConvergenceError: as :meth:`Solver.solve`.
-    """
-    problem = _Problem(phi, _per_sample(tensors, batched, x0), lipschitz)
-    solution = (solver or Anderson()).solve(
-        _on_rows(problem, [t.detach() for t in tensors]),
-        x0,
-        lipschitz=lipschitz,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        on_failure=on_failure,
-    )
-    adjoint = adjoint or ImplicitAdjoint()
-    return adjoint.attach(phi, solution.value, tensors, lipschitz=lipschitz, batched=batched), solution
-
-
-def _per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Tensor) -> tuple[bool, ...]:
+def per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Tensor) -> tuple[bool, ...]:
+    """The flags ``batched``, one for each tensor; raises ``ValueError`` where they do not fit."""
     flags = tuple(batched) if batched is not None else len(tensors) * (False,)
     if len(flags) != len(tensors):
         raise ValueError(f"batched: expected one flag for each of {len(tensors)} tensors, found {len(flags)}")
@@ -213,33 +218,32 @@ def _per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Te
     return flags
 
 
-def _on_rows(problem: _Problem, tensors: Sequence[Tensor]) -> Map:
-    """The map in the form solvers take; rows are taken once for each set of active samples."""
-    last: tuple[Tensor | None, list[Tensor]] = (None, list(tensors))
+def _transposed(linear: _Linear) -> Map:
+    r"""The map :math:`g \mapsto J^\top g + u`.
 
-    def phi(x: Tensor, index: Tensor | None) -> Tensor:
-        nonlocal last
-        if index is not last[0]:
-            last = (index, problem.rows(tensors, index))
-        return problem.phi(x, *last[1])
-
-    return phi
-
-
-def _transposed(problem: _Problem, value: Tensor, tensors: Sequence[Tensor], upstream: Tensor) -> Map:
-    r"""The map :math:`g \mapsto J^\top g + u`; the graph of one evaluation serves until samples leave."""
-    rows: tuple[Tensor, Tensor, Tensor] | None = None
-    last: Tensor | None = None
+    A graph serves until half of its samples have left: pulling zeros back through those costs less than another
+    evaluation.
+    """
+    _, leaves, x, image, upstream = linear
+    held: Tensor | None = None
+    last: tuple[Tensor | None, Tensor | None, Tensor] = (None, None, upstream)
 
     def phi(g: Tensor, index: Tensor | None) -> Tensor:
-        nonlocal rows, last
-        if rows is None or index is not last:
-            with torch.enable_grad():
-                x = (value if index is None else value[index]).detach().requires_grad_()
-                image = problem.phi(x, *problem.rows([t.detach() for t in tensors], index))
-            rows, last = (x, image, upstream if index is None else upstream[index]), index
-        x, image, u = rows
-        return _pull_back(image, x, g, create_graph=False, retain_graph=True) + u
+        nonlocal x, image, held, last
+        if index is not None and index is not last[0]:
+            if 2 * len(index) <= len(x):
+                with torch.enable_grad():
+                    x = take(linear.x.detach(), index).requires_grad_()
+                    image = linear.problem.phi(x, *linear.problem.rows([t.detach() for t in leaves], index))
+                held = index
+            # Active samples keep their order, so those that the graph holds are sorted.
+            within = index if held is None else torch.searchsorted(held, index)
+            last = (index, within if len(within) < len(x) else None, take(upstream, index))
+        _, places, u = last
+        if places is None:
+            return _pull_back(image, x, g, create_graph=False, retain_graph=True) + u
+        spread = torch.zeros_like(x).index_copy_(0, places, g)
+        return take(_pull_back(image, x, spread, create_graph=False, retain_graph=True), places) + u
 
     return phi
 
@@ -255,7 +259,7 @@ class _Implicit(torch.autograd.Function):
     """Forward hands the solved value on; backward solves the adjoint system at it."""
 
     @staticmethod
-    def forward(ctx: Any, adjoint: ImplicitAdjoint, problem: _Problem, value: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, adjoint: _AtTheRoot, problem: Problem, value: Tensor, *tensors: Tensor) -> Tensor:
         output = value.clone()
         ctx.adjoint, ctx.problem = adjoint, problem
         ctx.save_for_backward(output, *tensors)
@@ -268,21 +272,26 @@ class _Implicit(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         adjoint, problem = ctx.adjoint, ctx.problem
         again = torch.is_grad_enabled()
+        if not torch.isfinite(upstream).all():
+            raise ValueError("expected a finite gradient at the fixed point in backward(), found one that is not")
+        with torch.enable_grad():
+            x = value.detach().requires_grad_()
+            leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed)]
+            image = problem.phi(x, *leaves)
         with torch.no_grad():
-            g = adjoint._solve(problem, value, tensors, upstream.detach())
+            g = adjoint._solve(_Linear(problem, leaves, x, image, upstream.detach()))
         if again:
             # g is the fixed point of a map of value, upstream and tensors: differentiable by the same rule.
-            linear = _Problem(_linear_map(problem.phi), (True, True, *problem.batched), problem.lipschitz)
+            linear = Problem(_linear_map(problem.phi), (True, True, *problem.batched), problem.lipschitz)
             g = _Implicit.apply(adjoint, linear, g, value, upstream, *tensors)
+            with torch.enable_grad():
+                # Aliases: value depends on tensors as well, and that path is what g stands for.
+                leaves = [t.view_as(t) for t in tensors]
+                image = problem.phi(value, *leaves)
+        if not image.requires_grad:
+            return (None, None, None, *(None for _ in needed))
+        wanted = [leaf for leaf, need in zip(leaves, needed) if need]
         with torch.enable_grad():
-            # Aliases: value depends on tensors as well, and that path is what g stands for.
-            x = value if again else value.detach()
-            leaves = [
-                (t.view_as(t) if again else t.detach().requires_grad_()) if need else t.detach()
-                for t, need in zip(tensors, needed)
-            ]
-            image = problem.phi(x, *leaves)
-            wanted = [leaf for leaf, need in zip(leaves, needed) if need]
             grads = iter(torch.autograd.grad(image, wanted, g, create_graph=again, allow_unused=True))
         return (None, None, None, *(next(grads) if need else None for need in needed))
 
