@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
 from pyro_equiflow.nn.operator_norm import convolution_norm, frequencies, spectral_norm
 
 __all__ = ["LipschitzConditioner", "Normalized", "lipschitz_bound", "weight_norm"]
@@ -69,7 +70,7 @@ def _(module: enn.SequentialModule, spatial_shape: Sequence[int] | None = None) 
     if type(module).forward is not enn.SequentialModule.forward:
         return lipschitz_bound.dispatch(object)(module, spatial_shape)
     bounds = [lipschitz_bound(part, spatial_shape) for part in module._modules.values()]
-    return math.prod(bounds)  # type: ignore[arg-type]
+    return math.prod(bounds)
 
 
 @lipschitz_bound.register(enn.IdentityModule)
@@ -87,12 +88,12 @@ def _(module: enn.ELU, spatial_shape: Sequence[int] | None = None) -> float:
 def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Sequence[int] | None = None) -> Tensor:
     r"""An upper bound of the operator norm of a linear layer with an expanded weight.
 
-    What has a rule here is scaled down where a network is to be held below a constant: dividing an expanded filter by a
-    number keeps it steerable. A class of your own needs a rule of :func:`~pyro_equiflow.nn.expand` too, whose first
-    tensor is the weight.
+    What has a rule here is scaled down where a network is to be held below a constant: dividing an expanded filter by
+    a number keeps it steerable. A class of your own needs a rule of :func:`~pyro_equiflow.nn.expand` too: its first
+    tensor is the weight, the others are added to the layer's result (biases).
 
-    On a point the Schatten norm of the matrix, at most 1.02 times the largest singular value; on a grid the largest over
-    frequencies, at most 1.05 times more, see :func:`~pyro_equiflow.nn.operator_norm.frequencies`. Small grids with
+    On a point the Schatten norm of the matrix, at most 1.02 times the largest singular value; on a grid the largest
+    over frequencies, at most 1.05 times more, see :func:`~pyro_equiflow.nn.operator_norm.frequencies`. Small grids with
     zero padding may lie further below their bound, which holds for the periodic grid that contains them.
 
     :param module: the layer.
@@ -124,7 +125,10 @@ def _(module: Any, weight: Tensor, spatial_shape: Sequence[int] | None = None) -
     half = module.kernel_size // 2
     found = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding", "padding_mode")}
     wanted = {"stride": 1, "dilation": 1, "groups": 1, "padding": half}
-    if any(found[name] != value for name, value in wanted.items()) or found["padding_mode"] not in ("zeros", "circular"):
+    if any(found[name] != value for name, value in wanted.items()) or found["padding_mode"] not in (
+        "zeros",
+        "circular",
+    ):
         raise ValueError(
             f'expected a convolution with {wanted} and padding_mode "zeros" or "circular", found {found}: no bound of '
             "its norm is known here"
@@ -135,7 +139,7 @@ def _(module: Any, weight: Tensor, spatial_shape: Sequence[int] | None = None) -
 
 
 class Normalized(NamedTuple):
-    """A network held below a constant: ``expanded.fn(x, *expanded.tensors)`` has Lipschitz constant ``bound`` in ``x``."""
+    """A network held below a constant: ``bound`` is one of ``expanded.fn(x, *expanded.tensors)`` in ``x``."""
 
     expanded: Expanded
     bound: float
@@ -148,8 +152,8 @@ class LipschitzConditioner(Conditioner):
 
     .. math:: \min(1, a / \|W\|), \qquad a = (c / \textstyle\prod_j l_j)^{1/L}
 
-    where :math:`\|W\|` is the upper bound of :func:`weight_norm`, found anew from the present weights, and :math:`l_j` are
-    the constants of all other layers. So the bound holds after any optimizer step, load or cast. The parameters
+    where :math:`\|W\|` is the upper bound of :func:`weight_norm`, found anew from the present weights, and :math:`l_j`
+    are the constants of all other layers. So the bound holds after any optimizer step, load or cast. The parameters
     themselves are not touched.
 
     With ``context`` channels behind the event's, the constant is that in the event: in the first layer, if it is
@@ -184,13 +188,18 @@ class LipschitzConditioner(Conditioner):
         :param spatial_shape: the grid that it will be used on; ``None`` for every grid.
         """
         leaves = _leaves(self.network)
-        parts = [expand(leaf) for leaf in leaves]
         linear = [_is_linear(leaf) for leaf in leaves]
         bound = math.prod(_number(lipschitz_bound(leaf, spatial_shape)) for leaf, k in zip(leaves, linear) if not k)
-        cap = (self.lipschitz / (bound * (1 + _ROUNDING) ** len(parts))) ** (1 / sum(linear))
+        cap = (self.lipschitz / (bound * (1 + _ROUNDING) ** len(leaves))) ** (1 / sum(linear))
+        between = _functions_between(leaves, linear)
+        parts = []
         for i, leaf in enumerate(leaves):
+            if i in between:
+                parts.append(Expanded(between[i].core, ()))
+                continue
+            part = expand(leaf)
             if linear[i]:
-                fn, (weight, *rest) = parts[i]
+                weight, *bias = part.tensors
                 free = weight.shape[1] - self._channels if i == 0 else 0
                 limited = weight.narrow(1, 0, self._channels) if free else weight
                 norm = weight_norm(leaf, limited, spatial_shape)
@@ -198,8 +207,13 @@ class LipschitzConditioner(Conditioner):
                 if not found <= cap:
                     limited = limited * (cap / norm)
                     weight = torch.cat([limited, weight.narrow(1, self._channels, free)], 1) if free else limited
-                parts[i] = Expanded(fn, (weight, *rest))
                 bound *= min(found, cap)
+                # The scales of the functions before and after.
+                before = between[i - 1].outer if i - 1 in between else 1.0
+                after = between[i + 1].inner if i + 1 in between else 1.0
+                weight = weight if before * after == 1 else weight * (before * after)
+                part = Expanded(part.fn, (weight, *(b if after == 1 else b * after for b in bias)))
+            parts.append(part)
         return Normalized(chained(parts), min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz))
 
     def expanded(self) -> Expanded:
@@ -209,6 +223,15 @@ class LipschitzConditioner(Conditioner):
 
 def _number(bound: Tensor | float) -> float:
     return bound.item() if isinstance(bound, Tensor) else bound
+
+
+def _functions_between(leaves: Sequence[enn.EquivariantModule], linear: Sequence[bool]) -> dict[int, PointwiseFunction]:
+    """The pointwise functions with a linear layer on either side, which can take over their scales."""
+    return {
+        i: FUNCTIONS[leaf.function]
+        for i, leaf in enumerate(leaves)
+        if type(leaf) is PointwiseNonLinearity and 0 < i < len(leaves) - 1 and linear[i - 1] and linear[i + 1]
+    }
 
 
 def _leaves(module: enn.EquivariantModule) -> list[enn.EquivariantModule]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -18,27 +19,38 @@ from pyro_equiflow.nn.expand import Expanded, SteerableModule
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import is_permutation
 
-__all__ = ["FieldGates", "GatedNonLinearity", "PointwiseNonLinearity", "require_one_lipschitz"]
+__all__ = ["FUNCTIONS", "FieldGates", "GatedNonLinearity", "PointwiseNonLinearity", "require_one_lipschitz"]
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sin": torch.sin,
-    "lipswish": lambda x: F.silu(x) / 1.1,
-    "sin2pi": lambda x: torch.sin(2 * math.pi * x) / (2 * math.pi),
-}
 
-#: Upper bounds of the functions' slopes, each reached but for the last digits: silu's greatest slope is 1.09984.
-LIPSCHITZ: dict[str, float] = {
-    "elu": 1.0,
-    "relu": 1.0,
-    "silu": 1.1,
-    "tanh": 1.0,
-    "sin": 1.0,
-    "lipswish": 1.0,
-    "sin2pi": 1.0,
+@dataclass(frozen=True)
+class PointwiseFunction:
+    r"""A function of a number, :math:`f(x) = b\, f_0(a x)`: linear layers on either side can take over the scales.
+
+    :ivar core: :math:`f_0`, on tensors.
+    :ivar lipschitz: an upper bound of the slope of :math:`f`, reached but for the last digits.
+    :ivar inner: :math:`a`.
+    :ivar outer: :math:`b`.
+    """
+
+    core: Callable[[Tensor], Tensor]
+    lipschitz: float = 1.0
+    inner: float = 1.0
+    outer: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function at ``x``, entry by entry."""
+        x = self.core(x if self.inner == 1 else self.inner * x)
+        return x if self.outer == 1 else self.outer * x
+
+
+FUNCTIONS: dict[str, PointwiseFunction] = {
+    "elu": PointwiseFunction(F.elu),
+    "relu": PointwiseFunction(F.relu),
+    "silu": PointwiseFunction(F.silu, lipschitz=1.1),  # the greatest slope is 1.09984
+    "tanh": PointwiseFunction(torch.tanh),
+    "sin": PointwiseFunction(torch.sin),
+    "lipswish": PointwiseFunction(F.silu, outer=1 / 1.1),
+    "sin2pi": PointwiseFunction(torch.sin, inner=2 * math.pi, outer=1 / (2 * math.pi)),
 }
 
 
@@ -47,9 +59,9 @@ def require_one_lipschitz(function: str) -> None:
 
     :raises ValueError: an unknown function, or one that expands distances.
     """
-    contracting = sorted(name for name, constant in LIPSCHITZ.items() if constant <= 1)
+    contracting = sorted(name for name, known in FUNCTIONS.items() if known.lipschitz <= 1)
     if function not in contracting:
-        found = f"{function!r}, of {LIPSCHITZ[function]}" if function in LIPSCHITZ else repr(function)
+        found = f"{function!r}, of {FUNCTIONS[function].lipschitz}" if function in FUNCTIONS else repr(function)
         remedy = '; take "lipswish", which is silu / 1.1' if function == "silu" else ""
         raise ValueError(
             f"function: expected one of Lipschitz constant at most 1, of {contracting}, found {found}{remedy}"
@@ -82,7 +94,7 @@ class PointwiseNonLinearity(SteerableModule):
     @property
     def lipschitz(self) -> float:
         """The Lipschitz constant of the function."""
-        return LIPSCHITZ[self.function]
+        return FUNCTIONS[self.function].lipschitz
 
     def expanded(self) -> Expanded:
         """The function itself."""

@@ -39,7 +39,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     """
     if matrix.numel() == 0:
         return matrix.new_zeros((), dtype=matrix.real.dtype)
-    return _Schatten.apply(matrix)[0]  # type: ignore[no-any-return]
+    return _Schatten.apply(matrix)[0]
 
 
 def _squarings(matrix: Tensor) -> int:
@@ -50,9 +50,9 @@ def _squarings(matrix: Tensor) -> int:
 def _allowance(matrix: Tensor) -> float:
     """What rounding in products of matrices may take off the result, as a factor.
 
-    An entry of a product over ``k`` terms is off by at most ``k`` epsilons of its terms' absolute sum, hence the product
-    in the Frobenius norm by ``k eps`` of the factors' norms, at most the root of the rank above its own norm. Later
-    squarings enter with half the weight of the one before.
+    An entry of a product over ``k`` terms is off by at most ``k`` epsilons of its terms' absolute sum, hence the
+    product in the Frobenius norm by ``k eps`` of the factors' norms, at most the root of the rank above its own norm.
+    Later squarings enter with half the weight of the one before.
     """
     small, large = sorted(matrix.shape[-2:])
     return 1 + torch.finfo(matrix.dtype).eps * (small + large) * math.sqrt(small)
@@ -99,7 +99,7 @@ class _Schatten(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Tensor:
         matrix, bound, *powers = ctx.saved_tensors
         if torch.is_grad_enabled():
             again = _gram_iteration(matrix)[0]
@@ -139,7 +139,8 @@ def _largest(stack: Tensor) -> tuple[int, Tensor]:
 def convolution_norm(weight: Tensor, angles: Tensor, factor: float) -> Tensor:
     r"""An upper bound of the operator norm of a convolution with stride 1.
 
-    .. math:: \|K\| \le \text{factor} \cdot \max_\theta \Bigl\| \sum_\delta \kappa(\delta) e^{i \theta \cdot \delta} \Bigr\|_2
+    .. math:: \|K\| \le \text{factor} \cdot
+              \max_\theta \Bigl\| \sum_\delta \kappa(\delta) e^{i \theta \cdot \delta} \Bigr\|_2
 
     Only the frequency where the maximum is attained enters the gradient.
 
@@ -184,9 +185,9 @@ def frequencies(
     r"""Frequencies that decide the norm of a convolution, and the factor by which their maximum may fall short.
 
     Circular padding on :math:`H` points a side: the :math:`H` frequencies a side are exact. Zero padding: the operator
-    is a compression of the circular one on :math:`H + d` points a side. Where those are many, or for every size at once,
-    a coarse grid of :math:`n > 2d` points a side and the factor :math:`1 / \cos(\pi d / n)` a dimension: entries are
-    trigonometric polynomials of degree :math:`d` (M. Riesz; Ehlich and Zeller, *Schwankung von Polynomen zwischen
+    is a compression of the circular one on :math:`H + d` points a side. Where those are many, or for every size at
+    once, a coarse grid of :math:`n > 2d` points a side and the factor :math:`1 / \cos(\pi d / n)` a dimension: entries
+    are trigonometric polynomials of degree :math:`d` (M. Riesz; Ehlich and Zeller, *Schwankung von Polynomen zwischen
     Gitterpunkten*, Math. Z. 86, 1964). Filters are real and, with ``use_symmetry``, steerable by the elements that
     permute the grid: norms are equal on each orbit of frequencies, and one of each is enough.
 

@@ -325,7 +325,7 @@ class Inverse(EquivariantTransform):
         return self.transform._inv_call(x)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self.transform(y)  # type: ignore[no-any-return]
+        return self.transform(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Minus the transform's."""

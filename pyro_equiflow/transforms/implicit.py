@@ -27,8 +27,8 @@ class EquivariantImplicit(ContractionTransform):
 
     .. math:: x + F(x) - y - H(y) = 0, \qquad \operatorname{Lip}(F), \operatorname{Lip}(H) \le c < 1,
 
-    that is :math:`y = (I + H)^{-1}(x + F(x))`, with equivariant networks :math:`F` and :math:`H` held below :math:`c` as
-    in :class:`~pyro_equiflow.EquivariantResidual`. Its Lipschitz constant may reach :math:`(1 + c)/(1 - c)`, where a
+    that is :math:`y = (I + H)^{-1}(x + F(x))`, with equivariant networks :math:`F` and :math:`H` held below :math:`c`
+    as in :class:`~pyro_equiflow.EquivariantResidual`. Its Lipschitz constant may reach :math:`(1 + c)/(1 - c)`, where a
     residual transform's is at most :math:`1 + c`: one block meets maps that no stack of few residual ones can.
 
     .. math:: \log\Bigl|\det \frac{\partial y}{\partial x}\Bigr|
@@ -90,8 +90,8 @@ class EquivariantImplicit(ContractionTransform):
 class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
     r"""Equivariant implicit transform given a context, :math:`x + F(x, c) - y - H(y, c) = 0`.
 
-    As :class:`EquivariantImplicit`, with the context joined to :math:`x` and to :math:`y` in front of the networks, whose
-    weights for the context are free.
+    As :class:`EquivariantImplicit`, with the context joined to :math:`x` and to :math:`y` in front of the networks,
+    whose weights for the context are free.
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
