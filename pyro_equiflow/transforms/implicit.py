@@ -109,9 +109,7 @@ class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
         conditioner_y: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
-        transform = EquivariantImplicit(
-            field_type, conditioner_x, conditioner_y, context_type=context_type, **kwargs
-        )
+        transform = EquivariantImplicit(field_type, conditioner_x, conditioner_y, context_type=context_type, **kwargs)
         super().__init__(transform, context_type)
 
 
