@@ -441,17 +441,17 @@ def test_memory_does_not_grow_with_steps():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
 def test_dense_and_implicit_adjoints_meet_the_direct_solution(size):
-    # Events of two dimensions, samples that converge at different steps, up to the bound.
-    strength = torch.tensor([0.1, 0.99, 0.3, 0.9, 0.0], dtype=torch.float64)
-    matrices = strength[:, None, None] * _unit(torch.randn(5, size, size, dtype=torch.float64))
+    # Events of two dimensions; samples leave the adjoint's iteration one by one, the first ones first.
+    strength = torch.linspace(0, 0.9, 12, dtype=torch.float64)
+    matrices = strength[:, None, None] * _unit(torch.randn(12, size, size, dtype=torch.float64))
     matrices.requires_grad_()
-    b = torch.randn(5, size, 1, dtype=torch.float64, requires_grad=True)
-    u = torch.randn(5, size, 1, dtype=torch.float64)
+    b = torch.randn(12, size, 1, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(12, size, 1, dtype=torch.float64)
     eye = torch.eye(size, dtype=torch.float64)
     wanted = grad((u * torch.linalg.solve(eye - matrices, b)).sum(), (matrices, b))
-    for adjoint in (None, *ADJOINTS.values()):
+    for adjoint in (None, *ADJOINTS.values(), ImplicitAdjoint(solver=FixedPoint())):
         value, _ = fixed_point(
-            lambda x, m, b: m @ x + b, b.detach(), (matrices, b), lipschitz=0.99, batched=(True, True), adjoint=adjoint
+            lambda x, m, b: m @ x + b, b.detach(), (matrices, b), lipschitz=0.9, batched=(True, True), adjoint=adjoint
         )
         for found, exact in zip(grad((u * value).sum(), (matrices, b)), wanted):
             assert (found - exact).norm() <= 1e-8 * exact.norm()
