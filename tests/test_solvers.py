@@ -587,6 +587,9 @@ def test_refinement_reports_failure_and_is_nothing_in_float64():
         fixed_point(phi, b, (b,), max_steps=3, **options)
     solution = fixed_point(phi, b, (b,), max_steps=3, on_failure="ignore", **options)[1]
     assert not solution.converged.any() and (solution.steps == 6).all()
+    # What float32 calls converged need not be so any more.
+    near = Anderson().solve(lambda x, i: phi(x, _rows(b, i)), b, lipschitz=0.99).value
+    assert not fixed_point(phi, near, (b,), max_steps=1, on_failure="ignore", **options)[1].converged.all()
     with pytest.raises(ValueError, match=r"tolerance: expected above 1.2e-07"):
         fixed_point(phi, b, (b,), tolerance=1e-7, **options)
     # A map that closes over float32 cannot be taken to float64.
