@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("coupling_step.py",)
+SCRIPTS = ("coupling_step.py", "lipschitz_bound.py")
 
 
 def main() -> int:

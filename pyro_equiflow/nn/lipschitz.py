@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ __all__ = ["LipschitzConditioner", "Normalized", "lipschitz_bound", "weight_norm
 
 # What rounding may add to a product of bounds, relative, a layer.
 _ROUNDING = 1e-6
+
+# Linear layers with a rule below; a subclass that computes something else has none.
+_LINEAR = (SteerableLinear, SteerableConv, enn.Linear, enn.R2Conv, enn.R3Conv)
 
 
 @functools.singledispatch
@@ -46,11 +49,10 @@ def lipschitz_bound(module: enn.EquivariantModule, spatial_shape: Sequence[int] 
     :param spatial_shape: the grid; ``None`` for a bound that holds on every grid.
     :return: a number, or a scalar tensor differentiable in the weights.
     :raises TypeError: no rule for the module's class.
-    :raises ValueError: a convolution with stride, dilation, groups, or a padding that changes the grid.
+    :raises ValueError: a convolution with stride, dilation, groups, an even kernel, or a padding that changes the grid.
     """
-    tensors = expand(module).tensors if _is_linear(module) else ()
-    if tensors:
-        return weight_norm(module, tensors[0], spatial_shape)
+    if _is_linear(module):
+        return weight_norm(module, expand(module).tensors[0], spatial_shape)
     raise TypeError(
         f"expected modules with a Lipschitz rule, found {type(module).__name__}; build the network with "
         "pyro_equiflow.nn.lipschitz_net, or register a rule with pyro_equiflow.nn.lipschitz_bound.register"
@@ -73,15 +75,22 @@ def _(module: enn.SequentialModule, spatial_shape: Sequence[int] | None = None) 
     return math.prod(bounds)
 
 
-@lipschitz_bound.register(enn.IdentityModule)
-@lipschitz_bound.register(enn.ReLU)
-def _(module: enn.EquivariantModule, spatial_shape: Sequence[int] | None = None) -> float:
-    return 1.0
+def _activation(kind: type, constant: Callable[[Any], float]) -> None:
+    @lipschitz_bound.register(kind)
+    def _(module: enn.EquivariantModule, spatial_shape: Sequence[int] | None = None) -> Tensor | float:
+        return constant(module) if _computes_as(module, kind) else lipschitz_bound.dispatch(object)(module)
 
 
-@lipschitz_bound.register(enn.ELU)
-def _(module: enn.ELU, spatial_shape: Sequence[int] | None = None) -> float:
-    return max(1.0, float(module.alpha))
+_activation(enn.IdentityModule, lambda module: 1.0)
+_activation(enn.ReLU, lambda module: 1.0)
+_activation(enn.ELU, lambda module: max(1.0, abs(float(module.alpha))))
+
+
+def _computes_as(module: enn.EquivariantModule, kind: type) -> bool:
+    """Whether an instance of ``kind`` or of a subclass computes what ``kind`` does: a rule for it says nothing else."""
+    return expand.dispatch(type(module)) is expand.dispatch(kind) and all(
+        getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "expanded")
+    )
 
 
 @functools.singledispatch
@@ -104,7 +113,14 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
 
 
 def _is_linear(module: enn.EquivariantModule) -> bool:
-    return weight_norm.dispatch(type(module)) is not weight_norm.dispatch(object)
+    rule = weight_norm.dispatch(type(module))
+    if rule is weight_norm.dispatch(object):
+        return False
+    return all(
+        _computes_as(module, kind)
+        for kind in _LINEAR
+        if weight_norm.dispatch(kind) is rule and isinstance(module, kind)
+    )
 
 
 @weight_norm.register(SteerableLinear)
@@ -116,7 +132,7 @@ def _(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Sequence[int
 @weight_norm.register
 def _(module: SteerableConv, weight: Tensor, spatial_shape: Sequence[int] | None = None) -> Tensor:
     angles, factor = frequencies(module.in_type, module.kernel_size // 2, module.padding_mode, spatial_shape)
-    return convolution_norm(weight, torch.as_tensor(angles).to(weight), factor)
+    return convolution_norm(weight, angles, factor)
 
 
 @weight_norm.register(enn.R2Conv)
@@ -125,17 +141,16 @@ def _(module: Any, weight: Tensor, spatial_shape: Sequence[int] | None = None) -
     half = module.kernel_size // 2
     found = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding", "padding_mode")}
     wanted = {"stride": 1, "dilation": 1, "groups": 1, "padding": half}
-    if any(found[name] != value for name, value in wanted.items()) or found["padding_mode"] not in (
-        "zeros",
-        "circular",
-    ):
+    modes = ("zeros", "circular")
+    even = module.kernel_size % 2 == 0
+    if even or any(found[n] != value for n, value in wanted.items()) or found["padding_mode"] not in modes:
         raise ValueError(
-            f'expected a convolution with {wanted} and padding_mode "zeros" or "circular", found {found}: no bound of '
-            "its norm is known here"
+            f'expected a convolution with an odd kernel_size, {wanted} and padding_mode "zeros" or "circular", found '
+            f"kernel_size {module.kernel_size}, {found}: no bound of its norm is known here"
         )
     # In float32 escnn samples its bases, so they are steerable up to 5e-7 only: every frequency is looked at.
     angles, factor = frequencies(module.in_type, half, module.padding_mode, spatial_shape, use_symmetry=False)
-    return convolution_norm(weight, torch.as_tensor(angles).to(weight), factor)
+    return convolution_norm(weight, angles, factor)
 
 
 class Normalized(NamedTuple):

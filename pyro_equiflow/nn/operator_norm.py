@@ -29,7 +29,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
 
     The Schatten norm exceeds :math:`\|A\|_2` by a factor of at most :math:`m^{1/p}` for rank :math:`m`, which sets the
     number :math:`t` of squarings. Power iteration would approach :math:`\|A\|_2` from below. What rounding could take
-    off is added. Differentiable twice.
+    off is added, entries below the smallest normal number aside. Differentiable twice.
 
     :param matrix: shape ``(m, n)``, real or complex.
     :return: a real scalar tensor.
@@ -39,7 +39,16 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     """
     if matrix.numel() == 0:
         return matrix.new_zeros((), dtype=matrix.real.dtype)
-    return _Schatten.apply(matrix)[0]
+    # Squares of large entries overflow. The scale is a constant for gradients: the bound is homogeneous.
+    scale = _scale(matrix)
+    return scale * _Schatten.apply(_divided(matrix.resolve_conj(), scale))[0]
+
+
+def _scale(tensor: Tensor) -> Tensor:
+    """The largest entry's size, or the smallest normal number where that is larger."""
+    entries = tensor.detach()
+    real = torch.view_as_real(entries.resolve_conj()) if entries.is_complex() else entries
+    return real.abs().amax().clamp(min=torch.finfo(tensor.dtype).tiny)
 
 
 def _squarings(matrix: Tensor) -> int:
@@ -63,6 +72,15 @@ def _gram(matrix: Tensor) -> Tensor:
     return matrix.mH @ matrix if matrix.shape[-1] <= matrix.shape[-2] else matrix @ matrix.mH
 
 
+def _divided(matrix: Tensor, scale: Tensor) -> Tensor:
+    """Matrices over real numbers, one each."""
+    scale = scale[..., None, None]
+    if not matrix.is_complex():
+        return matrix / scale
+    # torch divides complex numbers by complex ones only, several times slower.
+    return torch.view_as_complex(torch.view_as_real(matrix) / scale[..., None])
+
+
 def _frobenius(matrix: Tensor) -> Tensor:
     # Squares of numbers near the smallest ones vanish: such a matrix is taken for one of that size.
     tiny = torch.finfo(matrix.dtype).tiny
@@ -74,12 +92,12 @@ def _frobenius(matrix: Tensor) -> Tensor:
 def _gram_iteration(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The bound, and the powers ``(G / |G|)^(2^k)`` it was made from, each of Frobenius norm 1."""
     scale = _frobenius(matrix)
-    gram = _gram(matrix / scale[..., None, None])
+    gram = _gram(_divided(matrix, scale))
     log_bound, powers = scale.log(), []
     for k in range(_squarings(matrix) + 1):
         norm = _frobenius(gram)
         log_bound = log_bound + norm.log() / 2 ** (k + 1)
-        gram = gram / norm[..., None, None]
+        gram = _divided(gram, norm)
         powers.append(gram)
         gram = gram @ gram
     return log_bound.exp() * _allowance(matrix), powers
@@ -121,14 +139,14 @@ def _largest(stack: Tensor) -> tuple[int, Tensor]:
     """
     rank = min(stack.shape[-2:])
     scale = _frobenius(stack)
-    gram, log_bound = _gram(stack / scale[:, None, None]), scale.log()
+    gram, log_bound = _gram(_divided(stack, scale)), scale.log()
     index = torch.arange(len(stack), device=stack.device)
     for k in range(_squarings(stack) + 1):
         if k:
             gram = gram @ gram
         norm = _frobenius(gram)
         log_bound = log_bound + norm.log() / 2 ** (k + 1)
-        gram = gram / norm[:, None, None]
+        gram = _divided(gram, norm)
         possible = log_bound >= log_bound.max() - math.log(rank) / 2 ** (k + 2) - 1e-3
         if not possible.all():
             gram, log_bound, index = gram[possible], log_bound[possible], index[possible]
@@ -136,7 +154,7 @@ def _largest(stack: Tensor) -> tuple[int, Tensor]:
     return int(index[best]), log_bound[best].exp() * _allowance(stack)
 
 
-def convolution_norm(weight: Tensor, angles: Tensor, factor: float) -> Tensor:
+def convolution_norm(weight: Tensor, angles: np.ndarray, factor: float) -> Tensor:
     r"""An upper bound of the operator norm of a convolution with stride 1.
 
     .. math:: \|K\| \le \text{factor} \cdot
@@ -151,27 +169,42 @@ def convolution_norm(weight: Tensor, angles: Tensor, factor: float) -> Tensor:
     """
     if weight.numel() == 0:
         return weight.new_zeros(())
-    offsets = _offsets(weight.shape[2:]).to(weight)
+    scale = _scale(weight)
+    weight = weight / scale
+    waves = _waves(weight, angles)
     with torch.no_grad():
-        worst, bound = _largest(_symbol(weight, angles @ offsets.T))
+        worst, bound = _largest(_symbol(weight, waves))
     if torch.is_grad_enabled() and weight.requires_grad:
-        bound = spectral_norm(_symbol(weight, angles[worst : worst + 1] @ offsets.T)[0])
-    return factor * bound
+        bound = spectral_norm(_symbol(weight, waves[:, worst : worst + 1])[0])
+    return factor * _symbol_allowance(weight) * scale * bound
 
 
-def _symbol(weight: Tensor, phase: Tensor) -> Tensor:
-    """The matrices ``(F, out, in)`` of a filter at phases ``(F, points of the kernel)``."""
+def _symbol(weight: Tensor, waves: Tensor) -> Tensor:
+    """The matrices ``(F, out, in)`` of a filter at waves ``(2, F, points of the kernel)``."""
     flat = weight.flatten(2)
     if flat.shape[2] == 1:
-        return flat[:, :, 0].expand(len(phase), -1, -1)
-    real, imaginary = (torch.einsum("oik,fk->foi", flat, trig) for trig in (phase.cos(), phase.sin()))
+        return flat[:, :, 0].expand(waves.shape[1], -1, -1)
+    real, imaginary = (torch.einsum("oik,fk->foi", flat, wave) for wave in waves)
     return torch.complex(real, imaginary)
 
 
-@functools.lru_cache(maxsize=64)
-def _offsets(kernel_shape: tuple[int, ...]) -> Tensor:
-    axes = [torch.arange(size, dtype=torch.float64) - size // 2 for size in kernel_shape]
-    return torch.cartesian_prod(*axes).reshape(-1, len(kernel_shape))
+def _symbol_allowance(weight: Tensor) -> float:
+    """What rounding in sums over the kernel's points may take off the largest symbol's norm, as a factor.
+
+    A sum of ``k`` terms is off by at most ``k`` epsilons of their absolute sum, at most ``sqrt(k)`` times the filter's
+    Frobenius norm, whose square is the mean over all frequencies of the symbol's: at most the rank times the largest.
+    """
+    points = weight[0, 0].numel()
+    if points == 1:
+        return 1.0
+    return 1 + torch.finfo(weight.dtype).eps * (points + 2) * math.sqrt(points * min(weight.shape[:2]))
+
+
+def _waves(weight: Tensor, angles: np.ndarray) -> Tensor:
+    """Cosines and sines ``(2, F, points of the kernel)`` of ``angle . offset``, rounded once."""
+    offsets = np.stack(np.meshgrid(*(np.arange(size) - size // 2 for size in weight.shape[2:]), indexing="ij"), -1)
+    phase = angles @ offsets.reshape(-1, offsets.shape[-1]).T
+    return torch.as_tensor(np.stack([np.cos(phase), np.sin(phase)])).to(weight)
 
 
 def frequencies(
