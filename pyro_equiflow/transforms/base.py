@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -159,7 +159,8 @@ class EquivariantTransform(TransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The image of ``x``, shape ``(*batch, C, *spatial)``."""
-        if torch.is_grad_enabled():
+        entry = self._entry
+        if torch.is_grad_enabled() or (entry is not None and entry.product is x):
             return self.call_and_ladj(x)[0]
         # A draw that nobody scores needs no log-det.
         self._check(x)
@@ -230,8 +231,13 @@ class EquivariantTransform(TransformModule):
         check_event(x, self.field_type, type(self).__name__, dtype, device)
         check_finite(x, self.event_dim, type(self).__name__)
 
-    def _trace(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, int, int], ...]:
-        return tuple((t, t._version, t.data_ptr()) for t in (x, y, *self.parameters()))
+    def _sources(self) -> tuple[Tensor, ...]:
+        """What a pass is made of besides its input."""
+        return tuple(self.parameters())
+
+    @staticmethod
+    def _trace(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, int, int], ...]:
+        return tuple((t, t._version, t.data_ptr()) for t in tensors)
 
     def _ladj(self, entry: _Entry) -> Tensor:
         if isinstance(entry.ladj, Tensor):
@@ -243,19 +249,28 @@ class EquivariantTransform(TransformModule):
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | Deferred, product: Tensor) -> None:
         self._entry = None
         # Tensors of inference mode have no version, those of torch.func no storage: nothing would show a change.
-        if self._cache_size and not is_traced() and not (x.is_inference() or y.is_inference()):
-            trace = self._trace(x, y)
+        if not self._cache_size or is_traced():
+            return
+        tensors = (x, y, *self._sources())
+        if not any(t.is_inference() for t in tensors):
+            trace = self._trace(tensors)
             self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), _optimizer_steps, trace)
 
     def _answers(self, entry: _Entry) -> bool:
         """Whether a pass still holds; one that does not is forgotten."""
-        now = () if entry.steps != _optimizer_steps else self._trace(entry.x, entry.y)
+        now = () if entry.steps != _optimizer_steps else self._trace((entry.x, entry.y, *self._sources()))
         same = len(now) == len(entry.tensors)
         if not same or any(a is not b or rest != was for (a, *rest), (b, *was) in zip(now, entry.tensors)):
             self._entry = None
             return False
         # A pass made without a graph cannot answer where gradients are wanted.
         return entry.grad_enabled or not torch.is_grad_enabled()
+
+    def train(self, mode: bool = True) -> EquivariantTransform:
+        """The other mode may estimate log-dets otherwise."""
+        if mode != self.training:
+            self._entry = None
+        return super().train(mode)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self._entry = None

@@ -47,6 +47,9 @@ class ConditionableTransform(EquivariantTransform):
         self.context_type = context_type
         self.context: Tensor | None = None
 
+    def _sources(self) -> tuple[Tensor, ...]:
+        return super()._sources() if self.context is None else (self.context, *super()._sources())
+
     def _with_context(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``x`` and the context, both of the joint batch shape and on the grid of ``x``."""
         if self.context_type is None:
