@@ -10,7 +10,14 @@ from escnn import nn as enn
 
 import pyro_equiflow as pe
 from pyro_equiflow import testing
-from pyro_equiflow.nn import GatedNonLinearity, PointwiseNonLinearity, SteerableConv, SteerableLinear, steerable_net
+from pyro_equiflow.nn import (
+    GatedNonLinearity,
+    PointwiseNonLinearity,
+    SteerableConv,
+    SteerableLinear,
+    lipschitz_net,
+    steerable_net,
+)
 from tests.cases import CASES, ONE_OF_EACH, events, field_type, make, point
 
 every_kind = pytest.mark.parametrize("case", ONE_OF_EACH)
@@ -96,7 +103,12 @@ def test_values_that_are_not_finite(case, value, call):
     with pytest.raises(ValueError, match="expected finite values, found NaN or infinity in 1 of 4 samples"):
         CALLS[call](transform, x)
     with pyro.validation_enabled(False):
-        assert not CALLS[call](transform, x)[2].isfinite().all()
+        if case.startswith("implicit") or (case.startswith("residual") and call == "inverse"):
+            # A solver looks for itself.
+            with pytest.raises(ValueError, match="expected finite values"):
+                CALLS[call](transform, x)
+        else:
+            assert not CALLS[call](transform, x)[2].isfinite().all()
 
 
 @every_call
@@ -147,6 +159,8 @@ BUILDERS = {
     "coupling": pe.equivariant_coupling,
     "linear": pe.equivariant_linear,
     "actnorm": pe.equivariant_actnorm,
+    "residual": pe.equivariant_residual,
+    "implicit": pe.equivariant_implicit,
     "flow": pe.equivariant_flow,
     "normal": pe.InvariantNormal,
 }
@@ -221,6 +235,75 @@ def test_wrong_conditioners():
     net = steerable_net(*pe.EquivariantCoupling.conditioner_types(kind, split=[1]))
     with pytest.raises(ValueError, match="conditioner: expected in_type"):
         pe.EquivariantCoupling(kind, net, split=[0, 1])
+
+
+SOLVED = {"residual": pe.equivariant_residual, "implicit": pe.equivariant_implicit}
+every_solved = pytest.mark.parametrize("kind", SOLVED)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"lipschitz": 1.0}, ValueError, r"lipschitz: expected a number inside \(0, 1\), found 1.0: .* invertible"),
+    ({"lipschitz": 0}, ValueError, r"lipschitz: expected a number inside \(0, 1\), found 0"),
+    ({"lipschitz": -0.5}, ValueError, "lipschitz: expected .* found -0.5"),
+    ({"lipschitz": float("nan")}, ValueError, "lipschitz: expected .* found nan"),
+    ({"hidden_dims": (8, 0)}, ValueError, r"hidden_dims: expected positive integers, found \(8, 0\)"),
+    ({"function": "silu"}, ValueError, "function: expected one of Lipschitz constant at most 1"),
+    ({"nonlinearity": "fourier"}, ValueError, "nonlinearity: expected .* found 'fourier'"),
+    ({"cache_size": 2}, ValueError, "cache_size"),
+    ({"max_steps": 0}, ValueError, "max_steps: expected a positive integer or None, found 0"),
+    ({"max_steps": 2.5}, ValueError, "max_steps: expected a positive integer or None, found 2.5"),
+    ({"tolerance": -1.0}, ValueError, "tolerance: expected a positive finite number or None, found -1.0"),
+    ({"on_failure": "panic"}, ValueError, 'on_failure: expected "raise", "warn" or "ignore", found .panic.'),
+    ({"lipshitz": 0.5}, TypeError, "lipshitz"),
+    ({"split": [0]}, TypeError, "split"),
+])  # fmt: skip
+@every_solved
+def test_wrong_arguments_of_solved_transforms(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        SOLVED[kind](field_type("O2"), **arguments)
+
+
+def solved_of(kind, type_, net, **kwargs):
+    if kind == "residual":
+        return pe.EquivariantResidual(type_, net, **kwargs)
+    return pe.EquivariantImplicit(type_, lipschitz_net(type_, type_, hidden_dims=(8,)), net, **kwargs)
+
+
+@every_solved
+def test_wrong_conditioners_of_solved_transforms(kind):
+    type_, other = field_type("O2"), enn.FieldType(field_type("O2").gspace, [field_type("O2").gspace.trivial_repr])
+    with pytest.raises(TypeError, match="conditioner: expected an escnn.nn.EquivariantModule, found Linear"):
+        solved_of(kind, type_, torch.nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="conditioner: expected in_type .* found"):
+        solved_of(kind, type_, SteerableLinear(other, type_))
+    with pytest.raises(ValueError, match="conditioner: expected out_type .* found"):
+        solved_of(kind, type_, SteerableLinear(type_, other))
+    gate = GatedNonLinearity(type_.gspace, 2, [type_.gspace.irrep(1, 1)])
+    layers = SteerableLinear(type_, gate.in_type), gate, SteerableLinear(gate.out_type, type_)
+    with pytest.raises(TypeError, match="with a Lipschitz rule, found GatedNonLinearity; build .*lipschitz_net, or"):
+        solved_of(kind, type_, enn.SequentialModule(*layers))
+    with pytest.raises(ValueError, match="at least one linear layer"):
+        solved_of(kind, type_, enn.IdentityModule(type_))
+    plane = field_type("C4-plane")
+    with pytest.raises(ValueError, match="expected a convolution with .* found"):
+        solved_of(kind, plane, enn.R2Conv(plane, plane, 3, padding=0))
+
+
+@every_solved
+def test_wrong_contexts_of_solved_transforms(kind):
+    factory = {"residual": pe.conditional_equivariant_residual, "implicit": pe.conditional_equivariant_implicit}[kind]
+    plane = field_type("C4-plane")
+    context_type = enn.FieldType(plane.gspace, [plane.gspace.trivial_repr])
+    transform = factory(plane, context_type, hidden_dims=(8,))
+    x = torch.randn(2, plane.size, 3, 3)
+    with pytest.raises(ValueError, match="expected a context of type .* found none; call condition"):
+        transform.transform(x)
+    with pytest.raises(ValueError, match=r"context: expected the event's grid \(3, 3\), found \(4, 4\)"):
+        transform.condition(torch.randn(2, 1, 4, 4)).inv(x)
+    with pytest.raises(ValueError, match=r"context: expected a batch shape .* the event's \(2,\), found \(5,\)"):
+        transform.condition(torch.randn(5, 1, 3, 3)).inverse_solution(x)
+    with pytest.raises(ValueError, match="context_type: expected a type over .* found one over"):
+        factory(plane, field_type("SO2"))
 
 
 @pytest.mark.parametrize("build, error, message", [

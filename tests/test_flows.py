@@ -49,6 +49,39 @@ def test_options_reach_their_parts():
     testing.assert_log_det(flow, x[:1].double())
 
 
+@pytest.mark.parametrize("name, linear, actnorm", [("O2", True, True), ("C4-plane", False, False), ("C4", False, True)])
+@pytest.mark.parametrize("kind", ["residual", "implicit"])
+def test_stacks_of_solved_transforms(kind, name, linear, actnorm):
+    """They start as the identity, and obey the laws with random weights; nothing needs to be split."""
+    type_ = field_type(name)
+    flow = pe.equivariant_flow(
+        type_, kind=kind, num_transforms=2, hidden_dims=(8,), linear=linear, actnorm=actnorm, lipschitz=0.7,
+        log_det=pe.logdet.Exact(), tolerance=1e-6,
+    )  # fmt: skip
+    assert len(flow) == 2 * (1 + linear + actnorm)
+    x = torch.randn(8, type_.size, *spatial_shape(name))
+    y, ladj = flow.eval().call_and_ladj(x)
+    torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ladj, torch.zeros(8))
+    flow = randomize(flow.train()).double()
+    for part in flow:
+        part.tolerance = 1e-12
+    x = x.double()
+    assert (flow(x) - x).abs().max() > 1e-2
+    testing.assert_equivariant(flow, x[:2])
+    testing.assert_inverse(flow, x, tolerance=1e-10)
+    testing.assert_log_det(flow, x[:1])
+
+
+@pytest.mark.parametrize("kind", ["residual", "implicit"])
+def test_one_vector_that_cannot_be_split(kind):
+    so3 = group.so3_group()
+    flow = pe.equivariant_flow(point(so3, so3.irrep(1)), 3, kind=kind, num_transforms=1, hidden_dims=(8,))
+    testing.assert_equivariant(randomize(flow), torch.randn(5, 3))
+    with pytest.raises(ValueError, match="split_by: expected None where nothing is split, found 'irreps'"):
+        pe.equivariant_flow(point(so3, so3.irrep(1)), kind=kind, split_by="irreps")
+
+
 def test_data_init_set_once_for_the_stack():
     kind = field_type("O2")
     flow = pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(8,))

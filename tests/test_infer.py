@@ -95,6 +95,40 @@ def test_default_flow():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+@pytest.mark.parametrize("kind", ["residual", "implicit"])
+def test_flows_that_are_solved(kind):
+    """As a guide: training, draws without log-dets, invariance after training, and a copy."""
+
+    def flow(field_type):
+        return equivariant_flow(field_type, kind=kind, num_transforms=2, hidden_dims=(16,), lipschitz=0.8)
+
+    guide = AutoEquivariantFlow(points, {"z": vectors(3)}, flow)
+    losses = train(guide, args=(DISTANCES.double(),), steps=16)
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5
+    posterior = guide.get_posterior()
+    draws = posterior.sample((4,))
+    assert invariance_error(posterior.log_prob, draws, guide.field_type) < 1e-8
+    clone = pickle.loads(pickle.dumps(guide))
+    assert torch.equal(clone.get_posterior().log_prob(draws), posterior.log_prob(draws.clone()))
+    site = Predictive(points, guide=guide, num_samples=5, parallel=True, return_sites=["z"])(DISTANCES.double())["z"]
+    assert site.shape == (5, 3, 2)
+
+
+def test_neutra_with_a_residual_flow():
+    guide = AutoEquivariantFlow(
+        points,
+        {"z": vectors(3)},
+        lambda field_type: equivariant_flow(field_type, kind="residual", num_transforms=1, hidden_dims=(8,)),
+    )
+    train(guide, steps=3)
+    neutra = NeuTraReparam(guide)
+    model = poutine.reparam(points, config=lambda _: neutra)
+    mcmc = MCMC(HMC(model, step_size=0.1, num_steps=2), num_samples=2, warmup_steps=1, disable_progbar=True)
+    mcmc.run()
+    samples = neutra.transform_sample(mcmc.get_samples()["z_shared_latent"])
+    assert samples["z"].shape == (2, 3, 2) and bool((samples["a"] > 0).all())
+
+
 def test_guide_starts_at_the_base():
     guide = make_guide()
     guide()

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 SAVED = [
     "coupling-O2", "linear-O2", "flow-O2", "coupling-SO3", "coupling-O3", "coupling-D4", "coupling-octahedral",
     "coupling-by-irreps-C4", "coupling-by-irreps-D3", "coupling-cylinder", "coupling-O2-plane", "coupling-SO2-plane",
-    "coupling-D4-plane", "coupling-C8-plane", "coupling-octahedral-space", "coupling-SO3-space",
+    "coupling-D4-plane", "coupling-C8-plane", "coupling-octahedral-space", "coupling-SO3-space", "residual-O2",
+    "residual-C4-plane", "implicit-SO3", "implicit-O2-plane",
 ]  # fmt: skip
 
 # The user's own layers have escnn's bases, made the same everywhere when the package is imported.
@@ -136,7 +137,7 @@ def test_param_store_saves_and_loads(tmp_path):
     torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", ["coupling-O2", "coupling-C4-plane", "flow-C4-plane"])
+@pytest.mark.parametrize("case", ["coupling-O2", "coupling-C4-plane", "flow-C4-plane", "implicit-C4-plane"])
 def test_pickles_are_small(case):
     """Types and parameters, no basis."""
     transform = CASES[case]()
@@ -165,7 +166,7 @@ torch.set_default_dtype(torch.float64)
 from tests.cases import CASES, events
 for case in [
     "coupling-O2", "linear-C4", "flow-O2", "coupling-C4-plane", "coupling-O2-plane", "coupling-octahedral-space",
-    "actnorm-SO3",
+    "residual-O2", "implicit-C4-plane", "actnorm-SO3",
 ]:
     transform = CASES[case]()
     assert all(p.dtype == torch.float32 for p in transform.parameters())

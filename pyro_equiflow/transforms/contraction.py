@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from pyro_equiflow.logdet import Estimator, LogDet, default_estimator
 from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz import LipschitzConditioner
 from pyro_equiflow.ops.events import flatten_batch
+from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
 from pyro_equiflow.solvers.iteration import OnFailure
 from pyro_equiflow.transforms.base import Deferred
@@ -44,6 +46,7 @@ def lipschitz_nets(
     options: dict[str, Any],
 ) -> list[enn.SequentialModule]:
     """Networks for a factory; takes the keywords of :func:`lipschitz_net` out of ``options``."""
+    validate_field_type(field_type)
     in_type, out_type = ContractionTransform.conditioner_types(field_type, context_type=context_type)
     names = inspect.signature(lipschitz_net).parameters
     chosen = {name: options.pop(name) for name in list(options) if name in names}
@@ -84,6 +87,12 @@ class ContractionTransform(ConditionableTransform):
         cache_size: int = 1,
     ) -> None:
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
+        if tolerance is not None and not 0 < tolerance < math.inf:
+            raise ValueError(f"tolerance: expected a positive finite number or None, found {tolerance!r}")
+        if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
+            raise ValueError(f"max_steps: expected a positive integer or None, found {max_steps!r}")
+        if on_failure not in ("raise", "warn", "ignore"):
+            raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", found {on_failure!r}')
         self.log_det = log_det
         self.solver = solver
         self.adjoint = adjoint
