@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("coupling_step.py", "lipschitz_bound.py", "checkerboard.py", "symmetric_toys.py")
+SCRIPTS = ("coupling_step.py", "lipschitz_bound.py", "checkerboard.py", "symmetric_toys.py", "ring.py")
 
 
 def main() -> int:
