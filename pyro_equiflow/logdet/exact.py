@@ -18,7 +18,7 @@ from pyro_equiflow.logdet.base import (
 )
 from pyro_equiflow.ops.dense import dense_jacobian, log_abs_det
 
-__all__ = ["Exact", "dense_jacobian"]
+__all__ = ["Exact"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from pyro_equiflow.logdet.base import (
     range_error,
     rounding_allowance,
 )
-from pyro_equiflow.logdet.exact import dense_jacobian
 from pyro_equiflow.logdet.probes import DISTRIBUTIONS, geometric, probe_vectors
+from pyro_equiflow.ops.dense import dense_jacobian
 
 __all__ = ["PowerSeries", "RussianRoulette"]
 

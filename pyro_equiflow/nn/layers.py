@@ -19,7 +19,7 @@ from pyro_equiflow.nn.expand import Expanded, SteerableModule
 from pyro_equiflow.nn.gather import block_gather, is_disjoint
 from pyro_equiflow.nn.kernels import kernel_basis
 from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis
+from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis, is_permutation
 
 __all__ = ["SteerableConv", "SteerableLinear"]
 
@@ -100,6 +100,11 @@ class SteerableLinear(_BasisLayer):
         _check_types(in_type, out_type, dimensions=(0,))
         super().__init__(in_type, out_type, bias)
 
+    def _build(self) -> int:
+        types = (self.in_type, self.out_type)
+        self._rows = any(all(map(is_permutation, {*t.representations})) for t in types)
+        return super()._build()
+
     def _pair_basis(self, in_rep: Representation, out_rep: Representation) -> np.ndarray:
         return intertwiner_basis(in_rep, out_rep)
 
@@ -107,18 +112,19 @@ class SteerableLinear(_BasisLayer):
         return ()
 
     def expanded(self) -> Expanded:
-        """``x @ filter.T + bias`` with channels outermost in memory, the layout that suits field-wise maps."""
+        """``x @ filter.T + bias``, in the memory layout that suits what works on the result.
+
+        Field-wise maps want channels outermost; pointwise ones, between permutation fields, do not care, and rows of
+        samples save copies where Jacobians are taken.
+        """
         bias = self.expanded_bias()
-        if bias is None:
-            return Expanded(_matmul, (self.filter(),))
-        return Expanded(_affine, (self.filter(), bias))
+        tensors = (self.filter(),) if bias is None else (self.filter(), bias)
+        return Expanded(F.linear if self._rows else _linear, tensors)
 
 
-def _matmul(x: Tensor, weight: Tensor) -> Tensor:
-    return (weight @ x.mT).mT
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return (weight @ x.mT).mT
     return torch.addmm(bias.unsqueeze(-1), weight, x.mT).mT
 
 

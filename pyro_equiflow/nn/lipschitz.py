@@ -101,7 +101,7 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
     a number keeps it steerable. A class of your own needs a rule of :func:`~pyro_equiflow.nn.expand` too: its first
     tensor is the weight, the others are added to the layer's result (biases).
 
-    On a point the Schatten norm of the matrix, at most 1.02 times the largest singular value; on a grid the largest
+    On a point the Schatten norm of the matrix, at most 1.03 times the largest singular value; on a grid the largest
     over frequencies, at most 1.05 times more, see :func:`~pyro_equiflow.nn.operator_norm.frequencies`. Small grids with
     zero padding may lie further below their bound, which holds for the periodic grid that contains them.
 
@@ -193,6 +193,8 @@ class LipschitzConditioner(Conditioner):
         super().__init__(network, in_type, out_type)
         self.lipschitz = float(lipschitz)
         self._channels = out_type.size
+        #: Whether all that the map depends on is among its expanded tensors, so that they can be cast.
+        self.is_expanded = all(expand(leaf).tensors or not list(leaf.parameters()) for leaf in _leaves(network))
         lipschitz_bound(network)
         if not any(map(_is_linear, _leaves(network))):
             raise ValueError("conditioner: expected at least one linear layer, whose weight can be scaled, found none")

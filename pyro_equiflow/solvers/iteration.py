@@ -110,7 +110,7 @@ class Solver(ABC):
             its rows are: an int64 tensor of shape ``(b,)``, or ``None`` for all of them in order.
         :param x0: where to start, shape ``(B, *event)``, float32 or float64.
         :param lipschitz: an upper bound :math:`c` of the Lipschitz constant, in [0, 1).
-        :param tolerance: the relative certified error to reach; by default 1e-10, and where rounding allows less, in
+        :param tolerance: the relative certified error to reach; by default 1e-12, and where rounding allows less, in
             float32, four times what it leaves: about ``1e-6 / (1 - c)`` (more for :class:`FixedPoint` at ``c > 0.94``).
         :param max_steps: most evaluations a sample; by default 20 more than twice what the contraction guarantees for
             the plain iteration, so that failing means that ``lipschitz`` is no bound or that :math:`\phi`
@@ -177,6 +177,11 @@ class Solver(ABC):
         report(solution, tolerance, lipschitz, on_failure)
         return solution
 
+    def default_tolerance(self, dtype: torch.dtype, lipschitz: float) -> float:
+        """The relative certified error that is asked for where none is given, see :meth:`solve`."""
+        floor = max(self.rounding, 1.0) * torch.finfo(dtype).eps / (1 - lipschitz)
+        return max(1e-12, self._headroom(lipschitz) * floor)
+
     def _check(
         self, x0: Tensor, lipschitz: float, tolerance: float | None, max_steps: int | None, on_failure: str
     ) -> float:
@@ -194,7 +199,7 @@ class Solver(ABC):
             raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", found {on_failure!r}')
         floor = self.rounding * torch.finfo(x0.dtype).eps / (1 - lipschitz)
         if tolerance is None:
-            tolerance = max(1e-10, self._headroom(lipschitz) * max(floor, torch.finfo(x0.dtype).eps / (1 - lipschitz)))
+            tolerance = self.default_tolerance(x0.dtype, lipschitz)
         elif not floor < tolerance < math.inf:
             raise ValueError(
                 f"tolerance: expected above {floor:.1e}, which is what rounding leaves in {x0.dtype} with "

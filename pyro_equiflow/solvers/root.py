@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.tracing import is_traced
 from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, Problem, per_sample
 from pyro_equiflow.solvers.iteration import Map, OnFailure, Solution, Solver, event_norm, report, take
 from pyro_equiflow.solvers.methods import Anderson
@@ -65,9 +66,15 @@ def fixed_point(
     :return: the value with its graph, and the :class:`Solution`.
     :raises ValueError: as :meth:`Solver.solve`, or ``batched`` that does not fit.
     :raises ConvergenceError: as :meth:`Solver.solve`.
+    :raises RuntimeError: under ``torch.func`` or ``torch.compile``.
 
     Reference for ``refine``: Higham, *Accuracy and stability of numerical algorithms*, chapter 12.
     """
+    if is_traced():
+        raise RuntimeError(
+            "expected plain tensors, found those of torch.func or torch.compile: a solver decides by values, which "
+            "these do not show; call it on a batch, and differentiate by torch.autograd"
+        )
     problem = Problem(phi, per_sample(tensors, batched, x0), lipschitz)
     solver = solver or Anderson()
     detached = [t.detach() for t in tensors]
@@ -103,7 +110,12 @@ def _refined(
             f"{tolerance!r}: raise it or use float64"
         )
     first = solver.solve(
-        _on_rows(problem, tensors), x0, lipschitz=problem.lipschitz, max_steps=max_steps, on_failure="ignore"
+        _on_rows(problem, tensors),
+        x0,
+        lipschitz=problem.lipschitz,
+        tolerance=max(tolerance, solver.default_tolerance(x0.dtype, problem.lipschitz)),
+        max_steps=max_steps,
+        on_failure="ignore",
     )
     converged = first.error <= tolerance * event_norm(first.value).clamp(min=1)
     if converged.all():

@@ -13,7 +13,8 @@ from torch import Tensor
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition
-from pyro_equiflow.transforms.base import EquivariantTransform, is_traced
+from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.transforms.base import EquivariantTransform
 
 __all__ = ["EquivariantActNorm", "equivariant_actnorm"]
 

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.serialization import forget_param_store
+from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["EquivariantTransform", "Inverse", "check_finite"]
 
@@ -288,11 +289,6 @@ class EquivariantTransform(TransformModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-
-def is_traced() -> bool:
-    """Whether values are symbolic, so that none can be looked at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_finite(x: Tensor, dimensions: int, owner: str) -> None:

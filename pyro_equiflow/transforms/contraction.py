@@ -27,14 +27,23 @@ __all__ = ["ContractionTransform", "lipschitz_nets"]
 # Estimators and solvers want a positive constant; a network whose last layer is zero has the constant 0.
 _LEAST_BOUND = 1e-6
 
+# Relative certified error in float32; where rounding certifies less, near a constant of 1, float64 steps are added.
+_FLOAT32 = 5e-6
+
 
 class _Contraction(NamedTuple):
-    """``fn(x, *tensors)``, expanded for one call; which tensors have a row for each sample; the Lipschitz bound."""
+    """``fn(x, *tensors)``, expanded for one call.
+
+    :ivar batched: which tensors have a row for each sample.
+    :ivar bound: of the Lipschitz constant.
+    :ivar refine: whether ``fn`` takes float64 tensors where the parameters are float32.
+    """
 
     fn: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
     batched: tuple[bool, ...]
     bound: float
+    refine: bool
 
 
 def lipschitz_nets(
@@ -66,7 +75,8 @@ class ContractionTransform(ConditionableTransform):
     :param log_det: estimator of the log-det; by default :func:`~pyro_equiflow.logdet.default_estimator`'s choice.
     :param solver: of the fixed point; by default :class:`~pyro_equiflow.solvers.Anderson`.
     :param adjoint: how gradients pass through the solution; by default implicit differentiation.
-    :param tolerance: relative certified error of the solution, see :meth:`~pyro_equiflow.solvers.Solver.solve`.
+    :param tolerance: relative certified error of the solution; by default 1e-12 in float64 and 5e-6 in float32, reached
+        by steps in float64 where need be (see :func:`~pyro_equiflow.solvers.fixed_point`).
     :param max_steps: most evaluations a sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: how the group acts on the context.
@@ -200,12 +210,13 @@ class ContractionTransform(ConditionableTransform):
         (fn, tensors), bound = conditioner.normalized(x.shape[2:])
         bound = max(bound, _LEAST_BOUND)
         if context is None:
-            return _Contraction(fn, tensors, len(tensors) * (False,), bound)
+            return _Contraction(fn, tensors, len(tensors) * (False,), bound, conditioner.is_expanded)
 
         def with_context(x: Tensor, context: Tensor, *tensors: Tensor) -> Tensor:
             return fn(torch.cat([x, context], 1), *tensors)
 
-        return _Contraction(with_context, (context, *tensors), (True, *len(tensors) * (False,)), bound)
+        batched = (True, *len(tensors) * (False,))
+        return _Contraction(with_context, (context, *tensors), batched, bound, conditioner.is_expanded)
 
     def _estimate(self, map_: _Contraction, x: Tensor) -> LogDet:
         estimator = self.log_det or default_estimator(x.shape[1:].numel())
@@ -227,7 +238,9 @@ class ContractionTransform(ConditionableTransform):
         return x, lambda: -found.value
 
     def _root(self, map_: _Contraction, y: Tensor) -> tuple[Tensor, Solution]:
-        fn = map_.fn
+        fn, tolerance = map_.fn, self.tolerance
+        if tolerance is None and map_.refine and y.dtype == torch.float32:
+            tolerance = _FLOAT32
 
         def phi(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
             return y - fn(x, *tensors)
@@ -240,7 +253,8 @@ class ContractionTransform(ConditionableTransform):
             batched=(True, *map_.batched),
             solver=self.solver,
             adjoint=self.adjoint,
-            tolerance=self.tolerance,
+            tolerance=tolerance,
             max_steps=self.max_steps,
             on_failure=self.on_failure,
+            refine=map_.refine,
         )
