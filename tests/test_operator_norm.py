@@ -52,8 +52,8 @@ def test_never_below_and_close():
 
 
 def test_rounding_of_large_matrices_is_covered():
-    for shape in ((300, 300), (1000, 20), (20, 1000), (1, 3000)):
-        for _ in range(5):
+    for shape in ((300, 300), (700, 700), (1000, 20), (20, 1000), (1, 3000)):
+        for _ in range(2):
             matrix = torch.randn(shape)
             for one in (matrix, torch.linalg.svd(matrix, full_matrices=False)[0]):  # and all singular values equal
                 assert 1 <= float(spectral_norm(one)) / top(one) <= 1.05

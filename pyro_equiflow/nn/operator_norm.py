@@ -99,16 +99,16 @@ def _frobenius(matrix: Tensor) -> Tensor:
 def _gram_iteration(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The bound, and the powers of the Gram matrix that it was made from, each up to its scale."""
     scale = _frobenius(matrix)
-    powers = [_gram(_divided(matrix, scale))]
-    log_bound = scale.log()
-    done = _squarings(matrix)
-    for k in range(_STAGE, done + 1, _STAGE):
+    gram = _gram(_divided(matrix, scale))
+    # Of norm 1 its largest eigenvalue is at least 1 / sqrt(rank): eighth powers of large matrices do not vanish.
+    norm = _frobenius(gram)
+    powers = [_divided(gram, norm)]
+    log_bound = scale.log() + norm.log() / 2
+    for k in range(_STAGE, _squarings(matrix) + 1, _STAGE):
         power = torch.linalg.matrix_power(powers[-1], 2**_STAGE)
         norm = _frobenius(power)
         log_bound = log_bound + norm.log() / 2 ** (k + 1)
         powers.append(_divided(power, norm))
-    if not done:
-        log_bound = log_bound + _frobenius(powers[0]).log() / 2
     return log_bound.exp() * _allowance(matrix), powers
 
 
