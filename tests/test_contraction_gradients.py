@@ -202,8 +202,8 @@ def test_an_adjoint_without_its_linear_solve_is_caught(kind):
 def test_a_log_det_of_the_wrong_sign_is_caught(kind, monkeypatch):
     pull = contraction.ContractionTransform._pull
 
-    def wrong(self, map_, y, deferred):
-        x, ladj = pull(self, map_, y, deferred)
+    def wrong(self, map_, y, before, deferred):
+        x, ladj = pull(self, map_, y, before, deferred)
         return x, lambda: -ladj()
 
     monkeypatch.setattr(contraction.ContractionTransform, "_pull", wrong)

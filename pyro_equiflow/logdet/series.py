@@ -65,7 +65,7 @@ def _column(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
@@ -77,22 +77,29 @@ def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
     upstream gradient meets its own term.
     """
     x, y, sources, keep = run
-    total = x.new_zeros(x.shape[0])
     if not y.requires_grad:
-        return total
-    power, left = probe, torch.zeros_like(probe)
-    for k, weight in enumerate(weights, 1):
-        weight = weight if k % 2 else -weight
+        return x.new_zeros(x.shape[0])
+    signed = weights.clone()
+    signed[1::2].neg_()
+    power, left, traces = probe, torch.zeros_like(probe), []
+    # With a graph the last product is that of the surrogate.
+    for k in range(len(signed) - keep):
         if keep:
-            left = left + _column(weight, x) * power
+            left.addcmul_(_column(signed[k], x), power)
         (power,) = torch.autograd.grad(y, x, power, retain_graph=True, materialize_grads=True)
-        total = total + weight / k * _dot(power, probe)
-    if keep:
-        frozen = _Frozen.apply(left, *sources)
-        (row,) = torch.autograd.grad(y, x, frozen, create_graph=True, materialize_grads=True)
-        surrogate = _dot(row, probe)
-        total = total + (surrogate - surrogate.detach())
-    return total
+        traces.append(_dot(power, probe))
+    orders = torch.arange(1, len(signed) + 1, dtype=x.dtype, device=x.device)[:, None]
+    if not keep:
+        return (signed / orders * torch.stack(traces)).sum(0)
+    left.addcmul_(_column(signed[-1], x), power)
+    (row,) = torch.autograd.grad(y, x, _Frozen.apply(left, *sources), create_graph=True, materialize_grads=True)
+    surrogate = _dot(row, probe)
+    found = surrogate.detach()
+    if traces:
+        terms = signed[:-1] * torch.stack(traces)
+        # What the surrogate holds beyond the known traces is the last one.
+        found = (found - terms.sum(0)) / len(signed) + (terms / orders[:-1]).sum(0)
+    return found + (surrogate - surrogate.detach())
 
 
 def _summary(values: list[Tensor], run: Pass, size: int, lipschitz: float) -> LogDet:

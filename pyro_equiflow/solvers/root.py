@@ -36,6 +36,7 @@ def fixed_point(
     max_steps: int | None = None,
     on_failure: OnFailure = "raise",
     refine: bool = False,
+    wide: Callable[[], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Solution]:
     r"""The fixed point :math:`x^* = \phi(x^*, \theta)` of a contraction, differentiable with respect to :math:`\theta`.
 
@@ -62,7 +63,8 @@ def fixed_point(
         floating-point ``tensors`` cast to float64, and rounded. :math:`\phi` must take either precision, ``lipschitz``
         must bound it in both, and ``max_steps`` holds in each. The certified error counts that last rounding in,
         :math:`2^{-24} |x|`; the residual is the one before it. The root is that of the map in exact arithmetic on the
-        float32 ``tensors``. Without effect in float64.
+        float32 ``tensors``, or on those of ``wide``. Without effect in float64.
+    :param wide: gives float64 tensors in place of those cast, where more of their digits are known.
     :return: the value with its graph, and the :class:`Solution`.
     :raises ValueError: as :meth:`Solver.solve`, or ``batched`` that does not fit.
     :raises ConvergenceError: as :meth:`Solver.solve`.
@@ -79,7 +81,7 @@ def fixed_point(
     solver = solver or Anderson()
     detached = [t.detach() for t in tensors]
     if refine and x0.dtype == torch.float32:
-        solution = _refined(problem, solver, x0, detached, tolerance, max_steps, on_failure)
+        solution = _refined(problem, solver, x0, detached, wide, tolerance, max_steps, on_failure)
     else:
         solution = solver.solve(
             _on_rows(problem, detached),
@@ -98,6 +100,7 @@ def _refined(
     solver: Solver,
     x0: Tensor,
     tensors: list[Tensor],
+    wide: Callable[[], Sequence[Tensor]] | None,
     tolerance: float | None,
     max_steps: int | None,
     on_failure: OnFailure,
@@ -121,9 +124,10 @@ def _refined(
     if converged.all():
         return first._replace(converged=converged)
     rows = (~converged).nonzero()[:, 0]
-    wide = [t.double() if t.is_floating_point() else t for t in problem.rows(tensors, rows)]
+    known = tensors if wide is None else wide()
+    cast = [t.double() if t.is_floating_point() else t for t in problem.rows(known, rows)]
     further = solver.solve(
-        _on_rows(problem, wide),
+        _on_rows(problem, cast),
         take(first.value, rows).double(),
         lipschitz=problem.lipschitz,
         tolerance=tolerance - rounding,

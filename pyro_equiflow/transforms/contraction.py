@@ -27,8 +27,10 @@ __all__ = ["ContractionTransform", "lipschitz_nets"]
 # Estimators and solvers want a positive constant; a network whose last layer is zero has the constant 0.
 _LEAST_BOUND = 1e-6
 
-# Relative certified error in float32; where rounding certifies less, near a constant of 1, float64 steps are added.
+# Relative certified error in float32, and the least that is asked for where the way back stretches it; where rounding
+# certifies less, near a constant of 1, float64 steps are added.
 _FLOAT32 = 5e-6
+_LEAST_FLOAT32 = 2e-7
 
 
 class _Contraction(NamedTuple):
@@ -44,6 +46,23 @@ class _Contraction(NamedTuple):
     batched: tuple[bool, ...]
     bound: float
     refine: bool
+
+    def wide(self) -> list[Tensor]:
+        """The tensors in float64, without a graph."""
+        return [tensor.detach().double() for tensor in self.tensors]
+
+
+class _Pushed(NamedTuple):
+    """A step ``x + F(x)`` that was made, where from: to make it again in float64."""
+
+    map_: _Contraction
+    x: Tensor
+
+    def wide(self) -> Tensor:
+        """The image in float64, without a graph."""
+        x = self.x.detach().double()
+        with torch.no_grad():
+            return x + self.map_.fn(x, *self.map_.wide())
 
 
 def lipschitz_nets(
@@ -75,8 +94,9 @@ class ContractionTransform(ConditionableTransform):
     :param log_det: estimator of the log-det; by default :func:`~pyro_equiflow.logdet.default_estimator`'s choice.
     :param solver: of the fixed point; by default :class:`~pyro_equiflow.solvers.Anderson`.
     :param adjoint: how gradients pass through the solution; by default implicit differentiation.
-    :param tolerance: relative certified error of the solution; by default 1e-12 in float64 and 5e-6 in float32, reached
-        by steps in float64 where need be (see :func:`~pyro_equiflow.solvers.fixed_point`).
+    :param tolerance: relative certified error of the solution, by default 1e-12 in float64; in float32 5e-6, or less
+        where the way back stretches errors, reached by steps in float64 where need be (see
+        :func:`~pyro_equiflow.solvers.fixed_point`).
     :param max_steps: most evaluations a sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: how the group acts on the context.
@@ -178,10 +198,13 @@ class ContractionTransform(ConditionableTransform):
         self, x: Tensor, steps: Sequence[tuple[LipschitzConditioner, bool]], deferred: bool
     ) -> tuple[Tensor, Deferred]:
         x, context, batch = self._batch(x)
-        parts = []
+        parts: list[Deferred] = []
+        before: _Pushed | None = None
         for conditioner, forwards in steps:
             map_ = self._contraction(conditioner, x, context)
-            x, ladj = self._push(map_, x, deferred) if forwards else self._pull(map_, x, deferred)
+            after = _Pushed(map_, x) if forwards else None
+            x, ladj = self._push(map_, x, deferred) if forwards else self._pull(map_, x, before, deferred)
+            before = after
             parts.append(ladj)
         return x.reshape(*batch, *x.shape[1:]), lambda: sum((f() for f in parts[1:]), parts[0]()).reshape(batch)
 
@@ -190,13 +213,14 @@ class ContractionTransform(ConditionableTransform):
         """What the solver says where a transform of one solved step is run."""
         self._check(x)
         x, context, batch = self._batch(x)
+        before: _Pushed | None = None
         for conditioner, forwards in steps:
             map_ = self._contraction(conditioner, x, context)
-            if not forwards:
-                solution = self._root(map_, x)[1]
-                x = solution.value
+            if forwards:
+                before, x = _Pushed(map_, x), x + map_.fn(x, *map_.tensors)
             else:
-                x = x + map_.fn(x, *map_.tensors)
+                solution = self._root(map_, x, before)[1]
+                x = solution.value
         value = solution.value.reshape(*batch, *x.shape[1:])
         return Solution(value, *(field.reshape(batch) for field in solution[1:]))
 
@@ -229,18 +253,24 @@ class ContractionTransform(ConditionableTransform):
         found = self._estimate(map_, x)
         return x + found.output, lambda: found.value
 
-    def _pull(self, map_: _Contraction, y: Tensor, deferred: bool) -> tuple[Tensor, Deferred]:
+    def _pull(self, map_: _Contraction, y: Tensor, before: _Pushed | None, deferred: bool) -> tuple[Tensor, Deferred]:
         """The root of ``x + F(x) = y``, and what gives the log-det of that inverse map."""
-        x = self._root(map_, y)[0]
+        x = self._root(map_, y, before)[0]
         if deferred:
             return x, lambda: -self._estimate(map_, x).value
         found = self._estimate(map_, x)
         return x, lambda: -found.value
 
-    def _root(self, map_: _Contraction, y: Tensor) -> tuple[Tensor, Solution]:
+    def _root(self, map_: _Contraction, y: Tensor, before: _Pushed | None) -> tuple[Tensor, Solution]:
         fn, tolerance = map_.fn, self.tolerance
-        if tolerance is None and map_.refine and y.dtype == torch.float32:
-            tolerance = _FLOAT32
+        refine = map_.refine and (before is None or before.map_.refine)
+        if tolerance is None and refine and y.dtype == torch.float32:
+            # The way back stretches errors: by what the step before does when it is solved.
+            stretch = 1.0 if before is None else (1 + map_.bound) / (1 - before.map_.bound)
+            tolerance = max(_FLOAT32 / stretch, _LEAST_FLOAT32)
+
+        def wide() -> list[Tensor]:
+            return [y.detach().double() if before is None else before.wide(), *map_.wide()]
 
         def phi(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
             return y - fn(x, *tensors)
@@ -256,5 +286,6 @@ class ContractionTransform(ConditionableTransform):
             tolerance=tolerance,
             max_steps=self.max_steps,
             on_failure=self.on_failure,
-            refine=map_.refine,
+            refine=refine,
+            wide=wide,
         )
