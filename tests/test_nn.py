@@ -14,12 +14,15 @@ from escnn import nn as enn
 from pyro_equiflow import testing
 from pyro_equiflow.nn import (
     GatedNonLinearity,
+    LipschitzConditioner,
     PointwiseNonLinearity,
     SteerableConv,
     SteerableLinear,
     expand,
+    lipschitz_net,
     steerable_net,
 )
+from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.ops.events import act, grid_elements
 from tests.cases import TYPES, field_type, point, randomize, spatial_shape
 
@@ -428,3 +431,47 @@ def test_act_and_expand_agree_with_escnn_on_a_whole_network():
         left = expand(net)(act(kind, g, x))
         right = escnn(enn.GeometricTensor(x, kind)).transform(g).tensor
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_pointwise_functions_and_their_slopes(name):
+    """To the third order, and one by one as well as all at once."""
+    function = FUNCTIONS[name]
+    x = torch.tensor([-7.0, -1.3, -0.2, 0.4, 1.1, 6.0], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(function.slope(x), torch.autograd.grad(function.core(x).sum(), x)[0])
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+
+    def second(x):
+        (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x, create_graph=True)[0]
+
+    if name not in ("relu", "elu"):  # whose second derivative jumps
+        assert torch.autograd.gradcheck(second, x)
+    diagonal = torch.autograd.grad(function(x), x, torch.eye(6, dtype=x.dtype), is_grads_batched=True)[0]
+    torch.testing.assert_close(diagonal.diagonal(), torch.autograd.grad(function(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("name", ["C4", "D3", "C4-plane", "flips-space"])
+def test_pullbacks_are_the_vector_jacobian_products(name, padding_mode):
+    kind = field_type(name)
+    sizes = {"kernel_size": 3, "padding_mode": padding_mode} if kind.gspace.dimensionality else {}
+    net = lipschitz_net(kind, kind, hidden_dims=(16, 16), nonlinearity="pointwise", **sizes).double()
+    fn, tensors = LipschitzConditioner(randomize(net), kind, kind, 0.9).expanded()
+    x = torch.randn(2, kind.size, *kind.gspace.dimensionality * (4,), dtype=torch.float64, requires_grad=True)
+    y, pull = fn.linearize(x, *tensors)
+    torch.testing.assert_close(y, fn(x, *tensors))
+    p = torch.randn_like(y)
+    given = p.clone()
+    expected = torch.autograd.grad(y, x, p, retain_graph=True)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(pull(p), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pull(p), expected, rtol=1e-12, atol=1e-12)
+    assert p.equal(given)
+
+
+def test_gates_have_no_pullback():
+    kind = field_type("SO2")
+    fn, tensors = LipschitzConditioner(lipschitz_net(kind, kind), kind, kind, 0.9).expanded()
+    assert fn.linearize(torch.randn(2, kind.size), *tensors) is None

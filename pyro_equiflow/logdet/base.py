@@ -82,23 +82,30 @@ def check_call(x: Tensor, lipschitz: float) -> None:
 
 
 class Pass(NamedTuple):
-    """One forward pass of ``fn`` to differentiate.
+    r"""One forward pass of ``fn`` to differentiate.
 
     :ivar x: the input, which requires grad.
     :ivar y: ``fn(x, *tensors)``.
     :ivar sources: all that the caller may differentiate by: ``x``, ``tensors`` and leaves that ``fn`` closes over.
     :ivar keep: whether the caller's graph goes on through the result.
+    :ivar pull: takes :math:`p` to :math:`p^\top J_f(x)`, without a graph.
     """
 
     x: Tensor
     y: Tensor
     sources: tuple[Tensor, ...]
     keep: bool
+    pull: Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def forward_pass(fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor]) -> Iterator[Pass]:
+def forward_pass(
+    fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, pulled: bool = False
+) -> Iterator[Pass]:
     """Runs ``fn``; inside the context gradients are on.
+
+    A function with a method ``linearize(x, *tensors)``, which gives its value and ``pull`` (or ``None``), is linearized
+    by it where ``pulled`` asks for that.
 
     Jacobians are needed under ``torch.no_grad()`` and ``torch.inference_mode()`` as well.
     """
@@ -111,12 +118,17 @@ def forward_pass(fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor]
             tensors = [t.detach() for t in tensors]
         if not (enabled and x.requires_grad):
             x = x.detach().requires_grad_()
-        y = fn(x, *tensors)
+        linearize = getattr(fn, "linearize", None) if pulled else None
+        y, pull = (linearize and linearize(x, *tensors)) or (fn(x, *tensors), None)
         if y.shape != x.shape:
             raise ValueError(f"fn: expected an output of shape {tuple(x.shape)} as its input, found {tuple(y.shape)}")
         leaves = _closed_over(y, (x, *tensors)) if enabled else ()
         keep = enabled and (given.requires_grad or bool(leaves) or any(t.requires_grad for t in tensors))
-        yield Pass(x, y, (x, *tensors, *leaves), keep)
+        yield Pass(x, y, (x, *tensors, *leaves), keep, pull or _by_autograd(y, x))
+
+
+def _by_autograd(y: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda p: torch.autograd.grad(y, x, p, retain_graph=True, materialize_grads=True)[0]
 
 
 def _closed_over(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ class Exact:
         """The exact log-det at ``x``; ``training`` makes no difference. See :class:`Estimator`."""
         check_call(x, lipschitz)
         size = x.shape[1:].numel()
-        with forward_pass(fn, x, tensors) as (x, y, _, keep):
+        with forward_pass(fn, x, tensors) as (x, y, _, keep, _):
             jacobian = dense_jacobian(y, x, self.rows, create_graph=keep)
             value = log_abs_det(jacobian + torch.eye(size, dtype=x.dtype, device=x.device))
             if not keep:

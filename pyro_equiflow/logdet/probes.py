@@ -29,7 +29,7 @@ def probe_vectors(count: int, x: Tensor, distribution: str, training: bool) -> T
         shape = (count, *x.shape)
         if distribution == "gaussian":
             return torch.randn(shape, dtype=x.dtype, device=x.device)
-        return torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(0.5).mul_(2).sub_(1)
+        return torch.rand(shape, dtype=x.dtype, device=x.device).lt_(0.5).mul_(2).sub_(1)
     shape = (count, 1, *x.shape[1:])
     generator = _private_generator("probes", shape)
     if distribution == "gaussian":

@@ -76,7 +76,7 @@ def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
     vector-Jacobian product however many terms there are. The graph stays one of samples, so each sample's
     upstream gradient meets its own term.
     """
-    x, y, sources, keep = run
+    x, y, sources, keep, pull = run
     if not y.requires_grad:
         return x.new_zeros(x.shape[0])
     signed = weights.clone()
@@ -86,7 +86,8 @@ def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
     for k in range(len(signed) - keep):
         if keep:
             left.addcmul_(_column(signed[k], x), power)
-        (power,) = torch.autograd.grad(y, x, power, retain_graph=True, materialize_grads=True)
+        with torch.no_grad():
+            power = pull(power)
         traces.append(_dot(power, probe))
     orders = torch.arange(1, len(signed) + 1, dtype=x.dtype, device=x.device)[:, None]
     if not keep:
@@ -193,8 +194,8 @@ class PowerSeries:
         terms = self.terms_for(lipschitz)
         size = x.shape[1:].numel()
         remainder = power_series_remainder(size, lipschitz, terms)
-        with forward_pass(fn, x, tensors) as run:
-            x, y, _, keep = run
+        with forward_pass(fn, x, tensors, pulled=self.probes is not None) as run:
+            x, y, keep = run.x, run.y, run.keep
             if self.probes is not None:
                 weights = x.new_ones(terms, x.shape[0])
                 probes = probe_vectors(self.probes, x, self.distribution, training)
@@ -271,7 +272,7 @@ class RussianRoulette:
         """An unbiased estimate at ``x``. See :class:`Estimator`."""
         check_call(x, lipschitz)
         size = x.shape[1:].numel()
-        with forward_pass(fn, x, tensors) as run:
+        with forward_pass(fn, x, tensors, pulled=True) as run:
             probes = probe_vectors(self.probes, x, self.distribution, training)
             more = geometric(self.probes, x, self.probability, training)
             values = [_probed_series(run, probe, self._weights(extra, x.dtype)) for probe, extra in zip(probes, more)]

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from escnn import nn as enn
 from torch import Tensor
 
-__all__ = ["Expanded", "SteerableModule", "chained", "expand"]
+__all__ = ["Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
 
 
 class Expanded(NamedTuple):
-    """A module expanded: ``fn(x, *tensors)`` is the module's map on plain tensors ``(batch, C, *spatial)``.
+    r"""A module expanded: ``fn(x, *tensors)`` is the module's map on plain tensors ``(batch, C, *spatial)``.
 
     ``fn`` holds no learnable state of its own, so it goes through ``torch.func`` and ``torch.compile``;
     ``tensors`` keep the autograd graph back to the module's parameters.
@@ -34,16 +34,57 @@ class Expanded(NamedTuple):
 
 def chained(parts: Sequence[Expanded]) -> Expanded:
     """Expanded maps one after the other."""
-    functions = [(part.fn, len(part.tensors)) for part in parts]
+    return Expanded(_Chain(parts), tuple(t for part in parts for t in part.tensors))
 
-    def fn(x: Tensor, *tensors: Tensor) -> Tensor:
+
+class _Chain:
+    """Functions one after the other, as one."""
+
+    def __init__(self, parts: Sequence[Expanded]) -> None:
+        self._parts = [(part.fn, len(part.tensors)) for part in parts]
+
+    def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         start = 0
-        for function, count in functions:
+        for function, count in self._parts:
             x = function(x, *tensors[start : start + count])
             start += count
         return x
 
-    return Expanded(fn, tuple(t for part in parts for t in part.tensors))
+    def linearize(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """The value with its graph, and the function ``p -> p^T J`` without one; ``None`` if a part has no pullback."""
+        pulls, start = [], 0
+        for function, count in self._parts:
+            if not isinstance(function, WithPullback):
+                return None
+            own = tensors[start : start + count]
+            pulls.append(function.pullback(x.detach(), *(t.detach() for t in own)))
+            x = function(x, *own)
+            start += count
+
+        def pull(p: Tensor) -> Tensor:
+            p = p.clone()
+            for one in reversed(pulls):
+                p = one(p)
+            return p
+
+        return x, pull
+
+
+class WithPullback:
+    r"""A function ``fn(x, *tensors)`` that spares autograd's work.
+
+    :param fn: the function.
+    :param pullback: ``pullback(x, *tensors)`` gives the function that takes :math:`p` to :math:`p^\top J`,
+        :math:`J` the Jacobian of ``fn`` at ``x``, without a graph; it may overwrite :math:`p`.
+    """
+
+    def __init__(self, fn: Callable[..., Tensor], pullback: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+        self.fn = fn
+        self.pullback = pullback
+
+    def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The function at ``x``."""
+        return self.fn(x, *tensors)
 
 
 @functools.singledispatch

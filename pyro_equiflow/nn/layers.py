@@ -15,7 +15,7 @@ from escnn import nn as enn
 from escnn.group import Representation
 from torch import Tensor
 
-from pyro_equiflow.nn.expand import Expanded, SteerableModule
+from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
 from pyro_equiflow.nn.gather import block_gather, is_disjoint
 from pyro_equiflow.nn.kernels import kernel_basis
 from pyro_equiflow.ops.constants import Constants
@@ -119,13 +119,21 @@ class SteerableLinear(_BasisLayer):
         """
         bias = self.expanded_bias()
         tensors = (self.filter(),) if bias is None else (self.filter(), bias)
-        return Expanded(F.linear if self._rows else _linear, tensors)
+        return Expanded(_ROWS if self._rows else _CHANNELS_OUTERMOST, tensors)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None:
         return (weight @ x.mT).mT
     return torch.addmm(bias.unsqueeze(-1), weight, x.mT).mT
+
+
+def _linear_pullback(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    return lambda p: p @ weight
+
+
+_ROWS = WithPullback(F.linear, _linear_pullback)
+_CHANNELS_OUTERMOST = WithPullback(_linear, _linear_pullback)
 
 
 class SteerableConv(_BasisLayer):
@@ -170,7 +178,7 @@ class SteerableConv(_BasisLayer):
     def expanded(self) -> Expanded:
         """A convolution with the expanded kernel."""
         dimensions, pad = len(self._kernel_shape()), self.kernel_size // 2
-        convolve = F.conv2d if dimensions == 2 else F.conv3d
+        convolve, transposed = (F.conv2d, F.conv_transpose2d) if dimensions == 2 else (F.conv3d, F.conv_transpose3d)
         circular = self.padding_mode == "circular" and pad > 0
 
         def fn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -179,8 +187,16 @@ class SteerableConv(_BasisLayer):
                 return convolve(x, weight, bias)
             return convolve(x, weight, bias, padding=pad)
 
+        def pullback(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+            def pull(p: Tensor) -> Tensor:
+                if circular:
+                    p = F.pad(p, 2 * dimensions * (pad,), mode="circular")
+                return transposed(p, weight, padding=2 * pad if circular else pad)
+
+            return pull
+
         bias = self.expanded_bias()
-        return Expanded(fn, (self.filter(),) if bias is None else (self.filter(), bias))
+        return Expanded(WithPullback(fn, pullback), (self.filter(),) if bias is None else (self.filter(), bias))
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class LipschitzConditioner(Conditioner):
         parts = []
         for i, leaf in enumerate(leaves):
             if i in between:
-                parts.append(Expanded(between[i].core, ()))
+                parts.append(between[i].expanded_core())
                 continue
             part = expand(leaf)
             if linear[i]:
@@ -229,7 +229,7 @@ class LipschitzConditioner(Conditioner):
                 before = between[i - 1].outer if i - 1 in between else 1.0
                 after = between[i + 1].inner if i + 1 in between else 1.0
                 weight = weight if before * after == 1 else weight * (before * after)
-                part = Expanded(part.fn, (weight, *(b if after == 1 else b * after for b in bias)))
+                part = part._replace(tensors=(weight, *(b if after == 1 else b * after for b in bias)))
             parts.append(part)
         return Normalized(chained(parts), min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz))
 

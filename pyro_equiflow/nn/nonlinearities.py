@@ -15,7 +15,8 @@ from escnn.group import IrreducibleRepresentation
 from escnn.gspaces import GSpace
 from torch import Tensor
 
-from pyro_equiflow.nn.expand import Expanded, SteerableModule
+from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
+from pyro_equiflow.nn.silu import silu, silu_slope
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import is_permutation
 
@@ -27,12 +28,14 @@ class PointwiseFunction:
     r"""A function of a number, :math:`f(x) = b\, f_0(a x)`: linear layers on either side can take over the scales.
 
     :ivar core: :math:`f_0`, on tensors.
+    :ivar slope: its derivative.
     :ivar lipschitz: an upper bound of the slope of :math:`f`, reached but for the last digits.
     :ivar inner: :math:`a`.
     :ivar outer: :math:`b`.
     """
 
     core: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
     lipschitz: float = 1.0
     inner: float = 1.0
     outer: float = 1.0
@@ -42,15 +45,23 @@ class PointwiseFunction:
         x = self.core(x if self.inner == 1 else self.inner * x)
         return x if self.outer == 1 else self.outer * x
 
+    def _pullback(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        slope = self.slope(x)
+        return lambda p: p.mul_(slope)
+
+    def expanded_core(self) -> Expanded:
+        """:math:`f_0` as an expanded map."""
+        return Expanded(WithPullback(self.core, self._pullback), ())
+
 
 FUNCTIONS: dict[str, PointwiseFunction] = {
-    "elu": PointwiseFunction(F.elu),
-    "relu": PointwiseFunction(F.relu),
-    "silu": PointwiseFunction(F.silu, lipschitz=1.1),  # the greatest slope is 1.09984
-    "tanh": PointwiseFunction(torch.tanh),
-    "sin": PointwiseFunction(torch.sin),
-    "lipswish": PointwiseFunction(F.silu, outer=1 / 1.1),
-    "sin2pi": PointwiseFunction(torch.sin, inner=2 * math.pi, outer=1 / (2 * math.pi)),
+    "elu": PointwiseFunction(F.elu, lambda x: x.clamp(max=0).exp()),
+    "relu": PointwiseFunction(F.relu, lambda x: (x > 0).to(x.dtype)),
+    "silu": PointwiseFunction(silu, silu_slope, lipschitz=1.1),  # the greatest slope is 1.09984
+    "tanh": PointwiseFunction(torch.tanh, lambda x: 1 - torch.tanh(x).square()),
+    "sin": PointwiseFunction(torch.sin, torch.cos),
+    "lipswish": PointwiseFunction(silu, silu_slope, outer=1 / 1.1),
+    "sin2pi": PointwiseFunction(torch.sin, torch.cos, inner=2 * math.pi, outer=1 / (2 * math.pi)),
 }
 
 
