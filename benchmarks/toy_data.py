@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -55,6 +56,7 @@ def grid(side: float, points: int, dtype: torch.dtype = torch.float64) -> tuple[
     return torch.cartesian_prod(line, line), step**2
 
 
+@functools.cache
 def entropy(density: MixtureSameFamily, side: float = 8.0, points: int = 800) -> float:
     """The entropy in nats by the midpoint rule, which for smooth densities that vanish outside is exact to rounding."""
     x, area = grid(side, points)
