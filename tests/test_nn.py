@@ -451,6 +451,12 @@ def test_pointwise_functions_and_their_slopes(name):
     diagonal = torch.autograd.grad(function(x), x, torch.eye(6, dtype=x.dtype), is_grads_batched=True)[0]
     torch.testing.assert_close(diagonal.diagonal(), torch.autograd.grad(function(x).sum(), x)[0])
 
+    def together(x):
+        rows = torch.eye(6, dtype=x.dtype)
+        return torch.autograd.grad(function(x), x, rows, is_grads_batched=True, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(together, x)
+
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 @pytest.mark.parametrize("name", ["C4", "D3", "C4-plane", "flips-space"])

@@ -48,8 +48,9 @@ class _Silu(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor) -> Tensor:
         (upstream,) = upstreams
         x, gate, slope = ctx.saved_tensors
-        if is_traced():  # a batch of upstream gradients, under vmap
-            return torch.ops.aten.silu_backward(upstream, x)
+        # A batch of upstream gradients: functions of ours are recorded there, and their graph is lost.
+        if is_traced() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+            return upstream * silu_slope(x)
         if torch.is_grad_enabled():
             return _SiluBackward.apply(upstream, x, gate, slope)
         return upstream * slope
