@@ -151,19 +151,27 @@ def fit(toy: Toy, kind: str, arm: str, count: int, seed: int, args: argparse.Nam
 def table(name: str, toy: Toy, kind: str, fits: dict, args: argparse.Namespace) -> None:
     """One density and kind: scores by number of points, and what the symmetry gains, paired by seed."""
     print(f"\n{name}, {kind}, {BLOCKS[kind]} blocks; the density's own entropy: {entropy(toy.density):.4f}")
-    print("| training points | " + " | ".join(args.arms) + " | built in against none |")
-    print("|---" * (len(args.arms) + 2) + "|")
+    arms = fitted(fits, name, kind, args)
+    compared = {"built in", "none"} <= set(arms)
+    print("| training points | " + " | ".join(arms) + (" | built in minus none |" if compared else " |"))
+    print("|---" * (len(arms) + 1 + compared) + "|")
     for count in args.sizes:
-        scores = {arm: [fits[name, kind, arm, count, seed].nll for seed in seeds(args)] for arm in args.arms}
-        cells = [spread(scores[arm]) for arm in args.arms]
-        cells.append(spread([a - b for a, b in zip(scores["built in"], scores["none"])]))
+        scores = {arm: [fits[name, kind, arm, count, seed].nll for seed in seeds(args)] for arm in arms}
+        cells = [spread(scores[arm]) for arm in arms]
+        if compared:
+            cells.append(spread([a - b for a, b in zip(scores["built in"], scores["none"])]))
         print(f"| {count} | " + " | ".join(f"{mean:.4f} ({error:.4f})" for mean, error in cells) + " |")
-    for arm in args.arms:
+    for arm in arms:
         mine = [f for (n, k, a, *_), f in fits.items() if (n, k, a) == (name, kind, arm)]
         line = f"{arm}: {mine[0].parameters} parameters, {statistics.mean(f.seconds for f in mine):.1f} s a fit"
         if arm == "built in":
             line += f", log-density invariant to {max(f.invariance for f in mine):.0e}"
         print(line)
+
+
+def fitted(fits: dict, name: str, kind: str, args: argparse.Namespace) -> list[str]:
+    """The arms with all their fits."""
+    return [a for a in args.arms if all((name, kind, a, n, s) in fits for n in args.sizes for s in seeds(args))]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -182,6 +190,7 @@ def draw(fits: dict, chosen: dict[str, Toy], args: argparse.Namespace) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     kinds, fewest = args.kinds, min(args.sizes)
     shown = [arm for arm in ("none", "built in") if arm in args.arms]
@@ -207,7 +216,7 @@ def draw(fits: dict, chosen: dict[str, Toy], args: argparse.Namespace) -> None:
             )
             axis.set_title(title, fontsize=10)
         for axis, kind in zip(row[1 + len(shown) :], kinds):
-            for shift, arm in zip((0.94, 1.0, 1.06), args.arms):
+            for shift, arm in zip((0.94, 1.0, 1.06), fitted(fits, name, kind, args)):
                 spreads = [spread([fits[name, kind, arm, n, s].nll for s in seeds(args)]) for n in args.sizes]
                 marker, line, color = styles[arm]
                 axis.errorbar(
@@ -223,7 +232,11 @@ def draw(fits: dict, chosen: dict[str, Toy], args: argparse.Namespace) -> None:
                 )
             axis.set(xscale="log", yscale="log", xlabel="training points", title=f"{kind}: nats above the entropy")
             axis.title.set_size(10)
-    axes[0, -1].legend(fontsize=9)
+            axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            low, high = axis.get_ylim()
+            ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= t <= high]
+            axis.set_yticks(ticks, labels=[f"{t:g}" for t in ticks])
+    axes[0, 1 + len(shown)].legend(fontsize=9)
     figure.savefig(args.picture, dpi=110)
 
 
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=10_000, help="fresh points to score")
     parser.add_argument("--pixels", type=int, default=150)
     parser.add_argument("--out", type=Path, help="a file that keeps finished fits, and gives them back")
+    parser.add_argument("--no-training", action="store_true", help="takes only what --out holds")
     parser.add_argument("--picture", type=Path, help="where to draw")
     args = parser.parse_args()
     if args.smoke:
@@ -253,7 +267,7 @@ def main() -> None:
     fits: dict = {}
     if args.out and args.out.exists():
         fits = {key: Fit(**value) for key, value in torch.load(args.out).items()}
-    for seed in seeds(args):
+    for seed in () if args.no_training else seeds(args):
         for kind in args.kinds:
             for name, toy in chosen.items():
                 for count in args.sizes:
@@ -261,7 +275,7 @@ def main() -> None:
                         if (key := (name, kind, arm, count, seed)) not in fits:
                             fits[key] = found = fit(toy, kind, arm, count, seed, args)
                             print(f"{key}: {found.nll:.4f}, step {found.best_step}, {found.seconds:.1f} s", flush=True)
-        if args.out:
+        if args.out:  # after each seed
             args.out.parent.mkdir(parents=True, exist_ok=True)
             torch.save({key: value._asdict() for key, value in fits.items()}, args.out)
     for kind in args.kinds:
