@@ -236,7 +236,7 @@ def draw(fits: dict, chosen: dict[str, Toy], args: argparse.Namespace) -> None:
             low, high = axis.get_ylim()
             ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= t <= high]
             axis.set_yticks(ticks, labels=[f"{t:g}" for t in ticks])
-    axes[0, 1 + len(shown)].legend(fontsize=9)
+    axes[0, 1 + len(shown)].legend(fontsize=9, loc="upper left", bbox_to_anchor=(0.3, 0.52))
     figure.savefig(args.picture, dpi=110)
 
 
