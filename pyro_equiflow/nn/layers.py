@@ -259,7 +259,7 @@ class _ExpansionPlan:
         shape = (pair.fields_out, pair.fields_in, len(pair.basis))
         return weight.narrow(0, pair.start, math.prod(shape)).view(shape)
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray | None]:
         """The constant arrays that :meth:`expand` takes."""
         if self.disjoint:
             index = np.zeros(self.shape, dtype=np.int64)
@@ -267,7 +267,10 @@ class _ExpansionPlan:
             for pair in self.pairs:
                 entries, factor[pair.where] = block_gather(pair.basis, pair.fields_out, pair.fields_in)
                 index[pair.where] = pair.start + entries
-            return {"index": index.ravel(), "factor": factor}
+            # The trivial group's weights are the filter.
+            as_it_is = index.size == self.num_weights and (index.ravel() == np.arange(index.size)).all()
+            as_it_is = as_it_is and (factor == 1).all()
+            return {"index": None if as_it_is else index.ravel(), "factor": factor}
         order = np.full(self.shape[:2], -1)
         offset = 0
         for pair in self.pairs:
@@ -278,11 +281,13 @@ class _ExpansionPlan:
         bases = {f"basis{i}": pair.basis.reshape(len(pair.basis), -1) for i, pair in enumerate(self.pairs)}
         return {"order": order.ravel(), **bases}
 
-    def expand(self, weight: Tensor, constants: dict[str, Tensor]) -> Tensor:
+    def expand(self, weight: Tensor, constants: dict[str, Any]) -> Tensor:
         """The filter of shape ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
         if not self.num_weights:
             return weight.new_zeros(self.shape)
         if self.disjoint:
+            if constants["index"] is None:
+                return weight.view(self.shape)
             return weight.index_select(0, constants["index"]).view(self.shape) * constants["factor"]
         blocks = []
         for i, pair in enumerate(self.pairs):

@@ -221,15 +221,14 @@ class LipschitzConditioner(Conditioner):
                 limited = weight.narrow(1, 0, self._channels) if free else weight
                 norm = weight_norm(leaf, limited, spatial_shape)
                 found = norm.item()
-                if not found <= cap:
-                    limited = limited * (cap / norm)
-                    weight = torch.cat([limited, weight.narrow(1, self._channels, free)], 1) if free else limited
                 bound *= min(found, cap)
                 # The scales of the functions before and after.
                 before = between[i - 1].outer if i - 1 in between else 1.0
                 after = between[i + 1].inner if i + 1 in between else 1.0
-                weight = weight if before * after == 1 else weight * (before * after)
-                part = part._replace(tensors=(weight, *(b if after == 1 else b * after for b in bias)))
+                limited = limited * ((before * after) if found <= cap else (before * after * cap) / norm)
+                if free:
+                    limited = torch.cat([limited, weight.narrow(1, self._channels, free) * after], 1)
+                part = part._replace(tensors=(limited, *(b if after == 1 else b * after for b in bias)))
             parts.append(part)
         return Normalized(chained(parts), min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz))
 

@@ -52,9 +52,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
 
 def _scale(tensor: Tensor) -> Tensor:
     """The largest entry's size, or the smallest normal number where that is larger."""
-    entries = tensor.detach()
-    real = torch.view_as_real(entries.resolve_conj()) if entries.is_complex() else entries
-    return real.abs().amax().clamp(min=torch.finfo(tensor.dtype).tiny)
+    return torch.linalg.vector_norm(tensor.detach(), ord=math.inf).clamp(min=torch.finfo(tensor.dtype).tiny)
 
 
 def _squarings(matrix: Tensor) -> int:
@@ -81,11 +79,12 @@ def _gram(matrix: Tensor) -> Tensor:
 
 def _divided(matrix: Tensor, scale: Tensor) -> Tensor:
     """Matrices over real numbers, one each."""
-    scale = scale[..., None, None]
+    if scale.dim():
+        scale = scale[..., None, None]
     if not matrix.is_complex():
         return matrix / scale
     # torch divides complex numbers by complex ones only, several times slower.
-    return torch.view_as_complex(torch.view_as_real(matrix) / scale[..., None])
+    return torch.view_as_complex(torch.view_as_real(matrix) / (scale[..., None] if scale.dim() else scale))
 
 
 def _frobenius(matrix: Tensor) -> Tensor:
@@ -97,19 +96,21 @@ def _frobenius(matrix: Tensor) -> Tensor:
 
 
 def _gram_iteration(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The bound, and the powers of the Gram matrix that it was made from, each up to its scale."""
-    scale = _frobenius(matrix)
-    gram = _gram(_divided(matrix, scale))
+    """The bound, and the powers of the Gram matrix that it was made from, each up to its scale.
+
+    Of a matrix with entries of 1 at most.
+    """
+    gram = _gram(matrix)
     # Of norm 1 its largest eigenvalue is at least 1 / sqrt(rank): eighth powers of large matrices do not vanish.
     norm = _frobenius(gram)
     powers = [_divided(gram, norm)]
-    log_bound = scale.log() + norm.log() / 2
+    bound = norm.sqrt()
     for k in range(_STAGE, _squarings(matrix) + 1, _STAGE):
         power = torch.linalg.matrix_power(powers[-1], 2**_STAGE)
         norm = _frobenius(power)
-        log_bound = log_bound + norm.log() / 2 ** (k + 1)
+        bound = bound * norm.pow(0.5 ** (k + 1))
         powers.append(_divided(power, norm))
-    return log_bound.exp() * _allowance(matrix), powers
+    return bound * _allowance(matrix), powers
 
 
 class _Schatten(torch.autograd.Function):
