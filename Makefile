@@ -31,7 +31,7 @@ $(STAMP): setup.cfg pyproject.toml pyro_equiflow/version.py $(shell find stand_i
 	    echo "python3-venv is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	@# torch goes first: what depends on it would pull in the default build.
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet ./stand_ins/py3nj ./stand_ins/lie_learn --editable '.[plots,tutorials,dev]'
+	$(PIP) install --quiet ./stand_ins/py3nj ./stand_ins/lie_learn --editable '.[plots,tutorials,bench,dev]'
 	$(PIP) check
 	@touch $@
 

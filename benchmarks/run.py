@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every benchmark, one after the other, each in a process of its own; arguments are passed on."""
+"""Runs every benchmark, each in a process of its own: timings in full, experiments at the size of a smoke test.
+
+``--full`` runs the experiments in full as well, for an hour or so; other arguments are passed on. RESULTS.md keeps what
+full runs found.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("coupling_step.py", "lipschitz_bound.py", "checkerboard.py", "symmetric_toys.py", "ring.py")
+TIMINGS = ("coupling_step.py", "lipschitz_bound.py", "residual_step.py")
+EXPERIMENTS = ("checkerboard.py", "symmetric_toys.py", "ring.py")
 
 
 def main() -> int:
     """Runs the scripts and returns 1 if any failed, else 0."""
     folder = Path(__file__).parent
+    arguments = [a for a in sys.argv[1:] if a != "--full"]
+    smoke = [] if "--full" in sys.argv or "--smoke" in arguments else ["--smoke"]
     failed = 0
-    for script in SCRIPTS:
-        print(f"== {script}", flush=True)
-        failed |= subprocess.run([sys.executable, str(folder / script), *sys.argv[1:]], check=False).returncode
+    for script in (*TIMINGS, *EXPERIMENTS):
+        own = [*arguments, *(smoke if script in EXPERIMENTS else [])]
+        print(f"\n== {' '.join([script, *own])}", flush=True)
+        failed |= subprocess.run([sys.executable, str(folder / script), *own], check=False).returncode
     return int(failed != 0)
 
 

@@ -214,3 +214,29 @@ def test_a_log_det_of_the_wrong_sign_is_caught(kind, monkeypatch):
     assert abs(ladj[0] - right) > 1e-3
     monkeypatch.undo()
     torch.testing.assert_close(transform.inverse_and_ladj(y)[1][0], right, rtol=1e-10, atol=1e-10)
+
+
+@every_kind
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_solvers_steps(kind):
+    """Also where the unrolled adjoint's does."""
+
+    def kept(**options):
+        transform, y = small(kind, "SO2", lipschitz=0.9, **options)
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.element_size() * tensor.nelement()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            transform.inverse_and_ladj(y)
+        return total, int(transform.inverse_solution(y).steps.max())
+
+    few, many = kept(tolerance=1e-1), kept(tolerance=1e-13)
+    assert many[1] >= few[1] + 4
+    assert many[0] == few[0]
+    assert (
+        kept(tolerance=1e-1, adjoint=UnrolledAdjoint(steps=40))[0]
+        > 2 * kept(tolerance=1e-1, adjoint=UnrolledAdjoint(steps=10))[0]
+    )
