@@ -39,8 +39,7 @@ def _slope(x: Tensor, gate: Tensor) -> Tensor:
 class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(x)
-        y = x * gate
+        gate, y = torch.sigmoid(x), F.silu(x)  # the value to the last bit as without a graph
         ctx.save_for_backward(x, gate, torch.addcmul(gate, y, 1 - gate))
         return y
 

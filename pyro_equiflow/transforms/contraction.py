@@ -265,9 +265,9 @@ class ContractionTransform(ConditionableTransform):
         fn, tolerance = map_.fn, self.tolerance
         refine = map_.refine and (before is None or before.map_.refine)
         if tolerance is None and refine and y.dtype == torch.float32:
-            # The way back stretches errors: by what the step before does when it is solved.
+            # The way back stretches errors, and the point that they are relative to may be as much longer.
             stretch = 1.0 if before is None else (1 + map_.bound) / (1 - before.map_.bound)
-            tolerance = max(_FLOAT32 / stretch, _LEAST_FLOAT32)
+            tolerance = max(_FLOAT32 / stretch**2, _LEAST_FLOAT32)
 
         def wide() -> list[Tensor]:
             return [y.detach().double() if before is None else before.wide(), *map_.wide()]
