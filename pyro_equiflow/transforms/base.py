@@ -21,7 +21,7 @@ from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.tracing import is_traced
 
-__all__ = ["EquivariantTransform", "Inverse", "check_finite"]
+__all__ = ["Deferred", "EquivariantTransform", "check_finite"]
 
 # Fused optimizers change parameters without a trace in Tensor._version, so steps are counted as well.
 _optimizer_steps = 0
@@ -188,9 +188,11 @@ class EquivariantTransform(TransformModule):
 
     @property
     def inv(self) -> EquivariantTransform:
-        """The inverse, an :class:`Inverse`: a module whose parameters are this transform's."""
+        """The inverse, an :class:`~pyro_equiflow.Inverse`: a module whose parameters are this transform's."""
         inverse = None if self._inverse_ref is None else self._inverse_ref()
         if inverse is None:
+            from pyro_equiflow.transforms.inverse import Inverse  # which builds on this class
+
             inverse = Inverse(self)
         return inverse
 
@@ -304,62 +306,3 @@ def check_finite(x: Tensor, dimensions: int, owner: str) -> None:
             f"{owner}: expected finite values, found NaN or infinity in {int(bad.sum())} of {bad.numel()} samples; an "
             "earlier step diverged (try a smaller learning rate) or the data are not clean"
         )
-
-
-class Inverse(EquivariantTransform):
-    """A transform run backwards, as a module that owns it.
-
-    For density estimation put a transform whose inverse is cheap the other way round: ``Inverse(transform)``.
-    Equivariant as the transform is; log-det and costs are the transform's with the directions exchanged.
-
-    :param transform: any :class:`EquivariantTransform`.
-    """
-
-    def __init__(self, transform: EquivariantTransform) -> None:
-        if not isinstance(transform, EquivariantTransform):
-            raise TypeError(f"transform: expected an EquivariantTransform, found {type(transform).__name__}")
-        super().__init__(transform.field_type, cache_size=0)
-        self.transform = transform
-        if transform._inverse_ref is None or transform._inverse_ref() is None:
-            transform._inverse_ref = weakref.ref(self)
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The transform's :meth:`~EquivariantTransform.inverse_and_ladj`, its cache included."""
-        return self.transform.inverse_and_ladj(x)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The transform's :meth:`~EquivariantTransform.call_and_ladj`, its cache included."""
-        return self.transform.call_and_ladj(y)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The preimage of ``x`` under the transform."""
-        return self.transform._inv_call(x)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self.transform(y)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Minus the transform's."""
-        return -self.transform.log_abs_det_jacobian(y, x)
-
-    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform._inverse_and_ladj(x)
-
-    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform._call_and_ladj(y)
-
-    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
-        return self.transform._inverse_deferred(x)
-
-    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
-        return self.transform._call_deferred(y)
-
-    @property
-    def inv(self) -> EquivariantTransform:
-        """The transform itself."""
-        return self.transform
-
-    def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
-        """The inverse of the transform with another cache size."""
-        cached = self.transform.with_cache(cache_size)
-        return self if cached is self.transform else Inverse(cached)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transform run backwards."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
+
+__all__ = ["Inverse"]
+
+
+class Inverse(EquivariantTransform):
+    """A transform run backwards, as a module that owns it.
+
+    For density estimation put a transform whose inverse is cheap the other way round: ``Inverse(transform)``.
+    Equivariant as the transform is; log-det and costs are the transform's with the directions exchanged.
+
+    :param transform: any :class:`EquivariantTransform`.
+    """
+
+    def __init__(self, transform: EquivariantTransform) -> None:
+        if not isinstance(transform, EquivariantTransform):
+            raise TypeError(f"transform: expected an EquivariantTransform, found {type(transform).__name__}")
+        super().__init__(transform.field_type, cache_size=0)
+        self.transform = transform
+        if transform._inverse_ref is None or transform._inverse_ref() is None:
+            transform._inverse_ref = weakref.ref(self)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform's :meth:`~EquivariantTransform.inverse_and_ladj`, its cache included."""
+        return self.transform.inverse_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform's :meth:`~EquivariantTransform.call_and_ladj`, its cache included."""
+        return self.transform.call_and_ladj(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The preimage of ``x`` under the transform."""
+        return self.transform._inv_call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Minus the transform's."""
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x)
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform._call_and_ladj(y)
+
+    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
+        return self.transform._inverse_deferred(x)
+
+    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
+        return self.transform._call_deferred(y)
+
+    @property
+    def inv(self) -> EquivariantTransform:
+        """The transform itself."""
+        return self.transform
+
+    def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
+        """The inverse of the transform with another cache size."""
+        cached = self.transform.with_cache(cache_size)
+        return self if cached is self.transform else Inverse(cached)
