@@ -6,6 +6,7 @@ from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.nn.lipschitz import LipschitzConditioner, lipschitz_bound, weight_norm
 from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
+from pyro_equiflow.nn.masked import MaskedSteerableNet
 from pyro_equiflow.nn.networks import lipschitz_net, steerable_net
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
 
@@ -15,6 +16,7 @@ __all__ = [
     "InvariantGateNet",
     "LipschitzConditioner",
     "LipschitzGate",
+    "MaskedSteerableNet",
     "PointwiseNonLinearity",
     "SteerableConv",
     "SteerableLinear",

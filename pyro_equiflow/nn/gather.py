@@ -13,15 +13,18 @@ def is_disjoint(basis: np.ndarray) -> bool:
     return bool(((basis != 0).sum(axis=0) <= 1).all())
 
 
-def block_gather(basis: np.ndarray, fields_out: int, fields_in: int) -> tuple[np.ndarray, np.ndarray]:
+def block_gather(basis: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which weight stands at each entry of a block between equal fields, and by what factor.
 
     :param basis: disjoint, shape ``(number, size out, size in, *kernel)``.
-    :return: indices into flat weights ``(fields out, fields in, number)``, and factors, both of shape
-        ``(channels out, channels in, *kernel)``.
+    :param seen: which output field sees which input field, booleans ``(fields out, fields in)``.
+    :return: indices into flat weights ``(pairs of fields seen, number)``, and factors, both of shape
+        ``(channels out, channels in, *kernel)``; the factor is 0 where a field is not seen.
     """
-    weights = np.arange(fields_out * fields_in * len(basis)).reshape(fields_out, fields_in, -1)
+    fields_out, fields_in = seen.shape
+    weights = np.zeros((*seen.shape, len(basis)), dtype=np.int64)
+    weights[seen] = np.arange(seen.sum() * len(basis)).reshape(-1, len(basis))
     index = weights[:, :, (basis != 0).argmax(axis=0)]
-    factor = np.broadcast_to(basis.sum(axis=0), index.shape)
+    factor = np.where(seen.reshape(*seen.shape, *(basis.ndim - 1) * (1,)), basis.sum(axis=0), 0.0)
     channels = (fields_out * basis.shape[1], fields_in * basis.shape[2], *basis.shape[3:])
     return np.swapaxes(index, 1, 2).reshape(channels), np.swapaxes(factor, 1, 2).reshape(channels)

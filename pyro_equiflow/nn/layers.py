@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from escnn.group import Representation
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
-from pyro_equiflow.nn.gather import block_gather, is_disjoint
+from pyro_equiflow.nn.expansion_plan import ExpansionPlan
 from pyro_equiflow.nn.kernels import kernel_basis
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis, is_permutation
@@ -34,8 +32,11 @@ class _BasisLayer(SteerableModule):
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
 
-    def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType, bias: bool) -> None:
+    def __init__(
+        self, in_type: enn.FieldType, out_type: enn.FieldType, bias: bool, mask: np.ndarray | None = None
+    ) -> None:
         super().__init__(in_type, out_type)
+        self.mask = mask if mask is None else _checked_mask(mask, in_type, out_type)
         invariants = self._build()
         self.weight = torch.nn.Parameter(torch.zeros(self._plan.num_weights, dtype=torch.float32))
         if bias and invariants:
@@ -55,7 +56,8 @@ class _BasisLayer(SteerableModule):
         """Makes what follows from the types alone; returns the dimension of the invariant subspace."""
         bases = [torch.tensor(invariant_basis(r), device="cpu") for r in self.out_type.representations]
         invariants = torch.block_diag(*bases).numpy()
-        self._plan = _ExpansionPlan(self.in_type, self.out_type, self._pair_basis, self._kernel_shape())
+        types = (self.in_type, self.out_type)
+        self._plan = ExpansionPlan(*types, self._pair_basis, self._kernel_shape(), self.mask)
         self._constants = Constants(invariants=invariants, **self._plan.arrays())
         return int(invariants.shape[1])
 
@@ -93,12 +95,16 @@ class SteerableLinear(_BasisLayer):
     :param in_type: input field type with no base space.
     :param out_type: output field type over the same group.
     :param bias: whether to add a bias in the invariant subspace.
-    :raises ValueError: the types have a base space, or different ones.
+    :param mask: which output field may see which input field, ``(fields out, fields in)``; what is masked has no
+        weights. All may see all by default.
+    :raises ValueError: the types have a base space, or different ones; a mask of another shape.
     """
 
-    def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType, *, bias: bool = True) -> None:
+    def __init__(
+        self, in_type: enn.FieldType, out_type: enn.FieldType, *, bias: bool = True, mask: np.ndarray | None = None
+    ) -> None:
         _check_types(in_type, out_type, dimensions=(0,))
-        super().__init__(in_type, out_type, bias)
+        super().__init__(in_type, out_type, bias, mask)
 
     def _build(self) -> int:
         types = (self.in_type, self.out_type)
@@ -148,7 +154,8 @@ class SteerableConv(_BasisLayer):
     :param kernel_size: odd number of points a side.
     :param padding_mode: ``"zeros"`` or ``"circular"`` (periodic grids: translations are exact too).
     :param bias: whether to add a bias in the invariant subspace.
-    :raises ValueError: unlike base spaces, an even kernel, an unknown padding mode.
+    :param mask: which output field may see which input field, as in :class:`SteerableLinear`; whole kernels.
+    :raises ValueError: unlike base spaces, an even kernel, an unknown padding mode, a mask of another shape.
     """
 
     def __init__(
@@ -159,6 +166,7 @@ class SteerableConv(_BasisLayer):
         *,
         padding_mode: str = "zeros",
         bias: bool = True,
+        mask: np.ndarray | None = None,
     ) -> None:
         _check_types(in_type, out_type, dimensions=(2, 3))
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
@@ -167,7 +175,7 @@ class SteerableConv(_BasisLayer):
             raise ValueError(f'padding_mode: expected "zeros" or "circular", found {padding_mode!r}')
         self.kernel_size = kernel_size
         self.padding_mode = padding_mode
-        super().__init__(in_type, out_type, bias)
+        super().__init__(in_type, out_type, bias, mask)
 
     def _pair_basis(self, in_rep: Representation, out_rep: Representation) -> np.ndarray:
         return kernel_basis(self.in_type.gspace, self.kernel_size, in_rep, out_rep)
@@ -199,114 +207,13 @@ class SteerableConv(_BasisLayer):
         return Expanded(WithPullback(fn, pullback), (self.filter(),) if bias is None else (self.filter(), bias))
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The blocks of a filter between all fields of one representation and all of another."""
-
-    fields_out: int
-    fields_in: int
-    start: int
-    basis: np.ndarray
-    where: tuple[np.ndarray, ...]
-
-
-class _ExpansionPlan:
-    """How a flat vector of weights becomes a filter, decided once from the bases of pairs of representations.
-
-    If every entry of the filter hangs on one weight at most (bases of disjoint support: irreps, permutation
-    representations on a point), expansion is one gather and one product. Else each pair of representations
-    costs one product of matrices.
-    """
-
-    def __init__(
-        self,
-        in_type: enn.FieldType,
-        out_type: enn.FieldType,
-        pair_basis: Callable[[Representation, Representation], np.ndarray],
-        kernel_shape: tuple[int, ...],
-    ) -> None:
-        self.shape = (out_type.size, in_type.size, *kernel_shape)
-        in_fields, out_fields = _fields_by_representation(in_type), _fields_by_representation(out_type)
-        self.pairs: list[_Pair] = []
-        self.num_weights = 0
-        std = [np.zeros(0)]
-        for out_rep, out_starts in out_fields.items():
-            bases = {rep: pair_basis(rep, out_rep) for rep in in_fields}
-            # With weights of variance 1 over the basis elements' squared norms, a field's output variance is the
-            # number of weights that it sums.
-            fan = sum(len(bases[rep]) * len(starts) for rep, starts in in_fields.items())
-            for in_rep, in_starts in in_fields.items():
-                count = len(bases[in_rep]) * len(in_starts) * len(out_starts)
-                if count:
-                    rows = np.add.outer(out_starts, np.arange(out_rep.size)).ravel()
-                    columns = np.add.outer(in_starts, np.arange(in_rep.size)).ravel()
-                    where = np.ix_(rows, columns)
-                    pair = _Pair(len(out_starts), len(in_starts), self.num_weights, bases[in_rep], where)
-                    self.pairs.append(pair)
-                    norm = np.linalg.norm(bases[in_rep][0])
-                    std.append(np.full(count, math.sqrt(out_rep.size / fan) / norm))
-                    self.num_weights += count
-        self.init_std = np.concatenate(std)
-        self.disjoint = all(is_disjoint(pair.basis) for pair in self.pairs)
-        # One pair whose fields stand in order: the expanded block is the filter.
-        self.in_order = len(self.pairs) == 1 and all(
-            (np.diff(axis.ravel()) == 1).all() and axis.size == size
-            for axis, size in zip(self.pairs[0].where, self.shape)
+def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:
+    mask, shape = np.asarray(mask), (len(out_type.representations), len(in_type.representations))
+    if mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"mask: expected booleans of shape (fields out, fields in) = {shape}, found {mask.dtype} of {mask.shape}"
         )
-
-    def weights(self, weight: Tensor, pair: _Pair) -> Tensor:
-        """The free weights of one pair, ``(fields out, fields in, number)``, a view."""
-        shape = (pair.fields_out, pair.fields_in, len(pair.basis))
-        return weight.narrow(0, pair.start, math.prod(shape)).view(shape)
-
-    def arrays(self) -> dict[str, np.ndarray | None]:
-        """The constant arrays that :meth:`expand` takes."""
-        if self.disjoint:
-            index = np.zeros(self.shape, dtype=np.int64)
-            factor = np.zeros(self.shape)
-            for pair in self.pairs:
-                entries, factor[pair.where] = block_gather(pair.basis, pair.fields_out, pair.fields_in)
-                index[pair.where] = pair.start + entries
-            # The trivial group's weights are the filter.
-            as_it_is = index.size == self.num_weights and (index.ravel() == np.arange(index.size)).all()
-            as_it_is = as_it_is and (factor == 1).all()
-            return {"index": None if as_it_is else index.ravel(), "factor": factor}
-        order = np.full(self.shape[:2], -1)
-        offset = 0
-        for pair in self.pairs:
-            block = offset + np.arange(order[pair.where].size)
-            order[pair.where] = block.reshape(order[pair.where].shape)
-            offset += len(block)
-        order[order < 0] = offset
-        bases = {f"basis{i}": pair.basis.reshape(len(pair.basis), -1) for i, pair in enumerate(self.pairs)}
-        return {"order": order.ravel(), **bases}
-
-    def expand(self, weight: Tensor, constants: dict[str, Any]) -> Tensor:
-        """The filter of shape ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
-        if not self.num_weights:
-            return weight.new_zeros(self.shape)
-        if self.disjoint:
-            if constants["index"] is None:
-                return weight.view(self.shape)
-            return weight.index_select(0, constants["index"]).view(self.shape) * constants["factor"]
-        blocks = []
-        for i, pair in enumerate(self.pairs):
-            size_out, size_in = pair.basis.shape[1:3]
-            part = (self.weights(weight, pair) @ constants[f"basis{i}"]).unflatten(-1, (size_out, size_in, -1))
-            blocks.append(part.transpose(1, 2).flatten(0, 3))
-        if self.in_order:
-            return blocks[0].view(self.shape)
-        zero = blocks[0].new_zeros(1, blocks[0].shape[-1])
-        return torch.cat([*blocks, zero]).index_select(0, constants["order"]).view(self.shape)
-
-
-def _fields_by_representation(field_type: enn.FieldType) -> dict[Representation, np.ndarray]:
-    starts: dict[Representation, list[int]] = {}
-    start = 0
-    for representation in field_type.representations:
-        starts.setdefault(representation, []).append(start)
-        start += representation.size
-    return {representation: np.array(first) for representation, first in starts.items()}
+    return mask
 
 
 def _check_types(in_type: enn.FieldType, out_type: enn.FieldType, dimensions: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from pyro_equiflow.nn.nonlinearities import FieldGates, GatedNonLinearity, Point
 from pyro_equiflow.nn.parts import IrrepParts
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
 
-__all__ = ["lipschitz_net", "steerable_net"]
+__all__ = ["check_network", "hidden_layer", "lipschitz_net", "steerable_net"]
 
 
 def steerable_net(
@@ -54,9 +54,9 @@ def steerable_net(
     :param zero_init: whether the last layer starts at zero, so that the transform starts as the identity.
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity.
     """
-    _check(in_type, out_type, hidden_dims)
+    check_network(in_type, out_type, hidden_dims)
     layers = [
-        _hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
+        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
     ]
     if IrrepParts.fit(in_type) and IrrepParts.fit(out_type) and any(isinstance(layer, FieldGates) for layer in layers):
         net = InvariantGateNet(in_type, out_type, hidden_dims, function)
@@ -108,16 +108,16 @@ def lipschitz_net(
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity, a function that expands
         distances.
     """
-    _check(in_type, out_type, hidden_dims)
+    check_network(in_type, out_type, hidden_dims)
     require_one_lipschitz(function)
     layers = [
-        _hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=True)
+        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=True)
         for width in hidden_dims
     ]
     return _sequence(in_type, out_type, layers, kernel_size, padding_mode, zero_init)
 
 
-def _check(in_type: enn.FieldType, out_type: enn.FieldType, hidden_dims: Sequence[int]) -> None:
+def check_network(in_type: enn.FieldType, out_type: enn.FieldType, hidden_dims: Sequence[int]) -> None:
     validate_field_type(in_type, "in_type")
     validate_field_type(out_type, "out_type")
     if in_type.gspace != out_type.gspace:
@@ -156,7 +156,7 @@ def _sequence(
     return enn.SequentialModule(*modules, last)
 
 
-def _hidden_layer(
+def hidden_layer(
     in_type: enn.FieldType,
     out_type: enn.FieldType,
     width: int,

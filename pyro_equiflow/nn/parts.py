@@ -90,7 +90,7 @@ class IrrepMap:
             algebra = np.asarray(irrep.endomorphism_basis())
             if len(algebra) > 1:
                 # The units of complex numbers and quaternions share no entry: each entry is one weight or minus it.
-                index, sign = block_gather(algebra, n_out, n_in)
+                index, sign = block_gather(algebra, np.ones((n_out, n_in), dtype=bool))
                 arrays |= {f"index{len(self._blocks)}": index.ravel(), f"sign{len(self._blocks)}": sign}
             self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
             std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the free weights of a steerable layer become its filter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from escnn import nn as enn
+from escnn.group import Representation
+from torch import Tensor
+
+from pyro_equiflow.nn.gather import block_gather, is_disjoint
+
+__all__ = ["ExpansionPlan"]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The blocks of a filter between all fields of one representation and all of another.
+
+    :ivar seen: which field may see which, ``(fields out, fields in)``.
+    :ivar start: where the weights start; they are ``(number seen, len(basis))``.
+    :ivar where: rows and columns of the filter.
+    """
+
+    seen: np.ndarray
+    start: int
+    basis: np.ndarray
+    where: tuple[np.ndarray, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.seen.sum()), len(self.basis)
+
+
+class ExpansionPlan:
+    """How a flat vector of weights becomes a filter, decided once from the bases of pairs of representations.
+
+    If every entry of the filter hangs on one weight at most (bases of disjoint support: irreps, permutation
+    representations on a point), expansion is one gather and one product. Else each pair of representations
+    costs one product of matrices. Between fields that a mask keeps apart there is no weight.
+    """
+
+    def __init__(
+        self,
+        in_type: enn.FieldType,
+        out_type: enn.FieldType,
+        pair_basis: Callable[[Representation, Representation], np.ndarray],
+        kernel_shape: tuple[int, ...],
+        mask: np.ndarray | None,
+    ) -> None:
+        self.shape = (out_type.size, in_type.size, *kernel_shape)
+        in_fields, out_fields = _fields_by_representation(in_type), _fields_by_representation(out_type)
+        if mask is None:
+            mask = np.ones((len(out_type.representations), len(in_type.representations)), dtype=bool)
+        self.pairs: list[_Pair] = []
+        self.num_weights = 0
+        std = [np.zeros(0)]
+        for out_rep, (out_index, out_starts) in out_fields.items():
+            bases = {rep: pair_basis(rep, out_rep) for rep in in_fields}
+            seen = {rep: mask[np.ix_(out_index, index)] for rep, (index, _) in in_fields.items()}
+            # With weights of variance 1 over the basis elements' squared norms, a field's output variance is the
+            # number of weights that it sums.
+            fan = sum(len(bases[rep]) * seen[rep].sum(axis=1) for rep in in_fields)
+            for in_rep, (_, in_starts) in in_fields.items():
+                rows = np.add.outer(out_starts, np.arange(out_rep.size)).ravel()
+                columns = np.add.outer(in_starts, np.arange(in_rep.size)).ravel()
+                pair = _Pair(seen[in_rep], self.num_weights, bases[in_rep], np.ix_(rows, columns))
+                count = math.prod(pair.shape)
+                if count:
+                    self.pairs.append(pair)
+                    norm = np.linalg.norm(bases[in_rep][0])
+                    fans = np.repeat(fan, len(pair.basis) * pair.seen.sum(axis=1))
+                    std.append(np.sqrt(out_rep.size / fans) / norm)
+                    self.num_weights += count
+        self.init_std = np.concatenate(std)
+        self.disjoint = all(is_disjoint(pair.basis) for pair in self.pairs)
+        # One pair whose fields stand in order: the expanded block is the filter.
+        self.in_order = (
+            len(self.pairs) == 1
+            and self.pairs[0].seen.all()
+            and all(
+                (np.diff(axis.ravel()) == 1).all() and axis.size == size
+                for axis, size in zip(self.pairs[0].where, self.shape)
+            )
+        )
+
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The constant arrays that :meth:`expand` takes."""
+        if self.disjoint:
+            index = np.zeros(self.shape, dtype=np.int64)
+            factor = np.zeros(self.shape)
+            for pair in self.pairs:
+                entries, factors = block_gather(pair.basis, pair.seen)
+                index[pair.where], factor[pair.where] = pair.start + entries, factors
+            # The trivial group's weights are the filter.
+            as_it_is = index.size == self.num_weights and (index.ravel() == np.arange(index.size)).all()
+            as_it_is = as_it_is and (factor == 1).all()
+            return {"index": None if as_it_is else index.ravel(), "factor": factor}
+        # A zero stands after the rows of all blocks.
+        zero = sum(pair.shape[0] * math.prod(pair.basis.shape[1:3]) for pair in self.pairs)
+        order = np.full(self.shape[:2], zero)
+        offset = 0
+        for pair in self.pairs:
+            (fields_out, fields_in), (size_out, size_in) = pair.seen.shape, pair.basis.shape[1:3]
+            rows = np.full((fields_out, fields_in, size_out, size_in), zero)
+            count = pair.shape[0] * size_out * size_in
+            rows[pair.seen] = offset + np.arange(count).reshape(-1, size_out, size_in)
+            order[pair.where] = rows.swapaxes(1, 2).reshape(fields_out * size_out, -1)
+            offset += count
+        bases = {f"basis{i}": pair.basis.reshape(len(pair.basis), -1) for i, pair in enumerate(self.pairs)}
+        return {"order": order.ravel(), **bases}
+
+    def expand(self, weight: Tensor, constants: dict[str, Any]) -> Tensor:
+        """The filter of shape ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
+        if not self.num_weights:
+            return weight.new_zeros(self.shape)
+        if self.disjoint:
+            if constants["index"] is None:
+                return weight.view(self.shape)
+            return weight.index_select(0, constants["index"]).view(self.shape) * constants["factor"]
+        blocks = []
+        for i, pair in enumerate(self.pairs):
+            weights = weight.narrow(0, pair.start, math.prod(pair.shape)).view(pair.shape)
+            part = weights @ constants[f"basis{i}"]
+            if self.in_order:
+                return part.view(*pair.seen.shape, *pair.basis.shape[1:3], -1).transpose(1, 2).reshape(self.shape)
+            blocks.append(part.view(len(part) * math.prod(pair.basis.shape[1:3]), -1))
+        zero = blocks[0].new_zeros(1, blocks[0].shape[-1])
+        return torch.cat([*blocks, zero]).index_select(0, constants["order"]).view(self.shape)
+
+
+def _fields_by_representation(field_type: enn.FieldType) -> dict[Representation, tuple[np.ndarray, np.ndarray]]:
+    """For every representation its fields' indices and first channels."""
+    starts = np.cumsum([0, *(r.size for r in field_type.representations)])
+    fields: dict[Representation, list[int]] = {}
+    for index, representation in enumerate(field_type.representations):
+        fields.setdefault(representation, []).append(index)
+    return {representation: (np.array(index), starts[index]) for representation, index in fields.items()}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked steerable networks: what each output field may see is decided by degrees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from escnn import nn as enn
+from escnn.group import Representation
+
+from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.networks import check_network, hidden_layer
+from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
+
+__all__ = ["MaskedSteerableNet"]
+
+
+class MaskedSteerableNet(SteerableModule):
+    r"""An equivariant network in which an output field of degree :math:`d` sees the input fields below :math:`d`.
+
+    Every field carries a degree. A hidden field sees the fields before it of at most its own degree, an output field
+    the hidden fields below its own (MADE, on fields in place of numbers), so :math:`\partial\, \mathrm{out}_i /
+    \partial\, \mathrm{in}_j = 0` wherever :math:`d_i \le d_j`: exactly, since masked weights do not exist. On grids
+    masks act on whole kernels, never on positions, or equivariance would be lost.
+
+    Hidden layers are those of :func:`steerable_net`: regular fields with a pointwise function for finite groups,
+    scalars and irreps with :class:`GatedNonLinearity` for continuous ones, where a field, its gate and its length
+    have one degree. Degrees spread evenly over those that can be of use, kind by kind of field. Where a layer has too
+    few fields for all of them, all layers keep to those it has: nothing hidden leads into a dead end.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import MaskedSteerableNet, expand
+        >>> space = gspaces.no_base_space(group.cyclic_group(4))
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1)])
+        >>> net = MaskedSteerableNet(vectors, vectors, in_degrees=[1, 2, 3], out_degrees=[1, 2, 3])
+        >>> x = torch.randn(6)
+        >>> jacobian = torch.autograd.functional.jacobian(expand(net), x[None]).view(6, 6)
+        >>> bool((jacobian[:2] == 0).all() and (jacobian[:4, 2:] == 0).all())
+        True
+
+    :param in_type: input field type.
+    :param out_type: output field type, over the same gspace.
+    :param in_degrees: a degree for each input field; what all outputs may see has one below all of theirs.
+    :param out_degrees: a degree for each output field.
+    :param hidden_dims: channels of each hidden layer; rounded up to whole fields.
+    :param nonlinearity: ``"pointwise"`` (finite groups), ``"gated"``, or ``None`` to choose as above.
+    :param function: the pointwise function, see :class:`PointwiseNonLinearity`.
+    :param kernel_size: points a side of the kernels (odd); grids only.
+    :param padding_mode: ``"zeros"`` or ``"circular"``; grids only.
+    :param zero_init: whether the last layer starts at zero.
+    :ivar hidden_degrees: for each hidden layer a degree for each of its fields.
+    :raises ValueError: unlike gspaces, not one degree a field, a size that is not positive, an unknown nonlinearity.
+
+    References: Germain, Gregor, Murray and Larochelle, *MADE: Masked Autoencoder for Distribution Estimation* (arXiv
+    1502.03509), section 4.
+    """
+
+    def __init__(
+        self,
+        in_type: enn.FieldType,
+        out_type: enn.FieldType,
+        in_degrees: Sequence[int],
+        out_degrees: Sequence[int],
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        nonlinearity: str | None = None,
+        function: str = "silu",
+        kernel_size: int = 3,
+        padding_mode: str = "zeros",
+        zero_init: bool = False,
+    ) -> None:
+        check_network(in_type, out_type, hidden_dims)
+        super().__init__(in_type, out_type)
+        self.in_degrees = _checked("in_degrees", in_degrees, in_type)
+        self.out_degrees = _checked("out_degrees", out_degrees, out_type)
+        hidden = [
+            hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
+        ]
+        self.hidden_degrees = self._spread(hidden)
+
+        def linear(a: enn.FieldType, b: enn.FieldType, mask: np.ndarray) -> SteerableLinear | SteerableConv:
+            if in_type.gspace.dimensionality == 0:
+                return SteerableLinear(a, b, mask=mask)
+            return SteerableConv(a, b, kernel_size, padding_mode=padding_mode, mask=mask)
+
+        modules: list[enn.EquivariantModule] = []
+        present, degrees = in_type, self.in_degrees
+        for layer, own in zip(hidden, self.hidden_degrees):
+            modules += [linear(present, layer.in_type, np.greater_equal.outer(own, degrees)), layer]
+            present, degrees = layer.out_type, own
+        last = linear(present, out_type, np.greater.outer(self.out_degrees, degrees))
+        if zero_init:
+            torch.nn.init.zeros_(last.weight)
+        self.layers = torch.nn.ModuleList([*modules, last])
+
+    def expanded(self) -> Expanded:
+        """The layers one after the other, weights expanded from the present parameters."""
+        return chained([expand(layer) for layer in self.layers])
+
+    def _spread(self, hidden: Sequence[PointwiseNonLinearity | FieldGates]) -> list[list[int]]:
+        """Degrees of every hidden field."""
+        # A hidden field of the highest output's degree would be seen by nobody.
+        useful = sorted({d for d in self.in_degrees if d < max(self.out_degrees)}) or [min(self.in_degrees)]
+        kinds = [_kinds(layer) for layer in hidden]
+        counts = [Counter(names) for names in kinds]
+        levels = {
+            kind: _evenly(self._visible(kind, useful), min(count[kind] for count in counts))
+            for kind in dict.fromkeys(kind for names in kinds for kind in names)
+        }
+        spread = []
+        for layer, names, count in zip(hidden, kinds, counts):
+            left = {kind: iter(_evenly(list(dict.fromkeys(levels[kind])), count[kind])) for kind in count}
+            degrees = [next(left[kind]) for kind in names]
+            # The type of a gate: scalars, one gate a field, the fields; and the lengths take the gates' places.
+            spread.append(degrees + degrees[layer.scalars :] if isinstance(layer, FieldGates) else degrees)
+        return spread
+
+    def _visible(self, kind: Representation, useful: list[int]) -> list[int]:
+        """The degrees at which a field has something to see: on a point irreps see their like only."""
+        if self.in_type.gspace.dimensionality > 0 or kind.is_trivial() or len(kind.irreps) > 1:
+            return useful
+        fields = zip(self.in_type.representations, self.in_degrees)
+        first = min((degree for field, degree in fields if kind.irreps[0] in field.irreps), default=useful[0])
+        return [degree for degree in useful if degree >= first] or useful
+
+
+def _kinds(layer: PointwiseNonLinearity | FieldGates) -> list[Representation]:
+    """The fields of a hidden layer that have degrees of their own."""
+    fields = list(layer.in_type.representations)
+    if isinstance(layer, FieldGates):
+        moving = sum(count for count, _ in layer.runs)
+        return fields[: layer.scalars] + fields[layer.scalars + moving :]
+    return fields
+
+
+def _evenly(levels: list[int], count: int) -> list[int]:
+    """``count`` values spread over ``levels``, all of them where there is room, else about the middle of each share."""
+    return [levels[(2 * i + 1) * len(levels) // (2 * count)] for i in range(count)]
+
+
+def _checked(name: str, degrees: Sequence[int], field_type: enn.FieldType) -> list[int]:
+    degrees = list(degrees)
+    if len(degrees) != len(field_type.representations) or not all(isinstance(d, int) for d in degrees):
+        raise ValueError(
+            f"{name}: expected an integer for each of the {len(field_type.representations)} fields, found {degrees}"
+        )
+    return degrees
