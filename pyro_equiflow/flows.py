@@ -14,6 +14,7 @@ from pyro_equiflow.transforms import (
     EquivariantTransform,
     equivariant_actnorm,
     equivariant_coupling,
+    equivariant_iaf,
     equivariant_implicit,
     equivariant_linear,
     equivariant_residual,
@@ -31,6 +32,12 @@ def _coupling(field_type: FieldType, index: int, split_by: str | None, **kwargs:
     return equivariant_coupling(field_type, split=split, split_by=split_by, **kwargs)
 
 
+def _iaf(field_type: FieldType, index: int, split_by: str | None, **kwargs: Any) -> EquivariantTransform:
+    """Every other step has the blocks in reverse order, so that each comes to depend on all."""
+    order = range(len(block_layout(field_type, split_by, "equivariant_flow").blocks))
+    return equivariant_iaf(field_type, order=order if index % 2 == 0 else order[::-1], split_by=split_by, **kwargs)
+
+
 def _whole(factory: Callable[..., EquivariantTransform]) -> Callable[..., EquivariantTransform]:
     """A kind that transforms the whole event at every step."""
 
@@ -44,6 +51,7 @@ def _whole(factory: Callable[..., EquivariantTransform]) -> Callable[..., Equiva
 
 _KINDS: dict[str, Callable[..., EquivariantTransform]] = {
     "coupling": _coupling,
+    "iaf": _iaf,
     "implicit": _whole(equivariant_implicit),
     "residual": _whole(equivariant_residual),
 }
@@ -80,12 +88,12 @@ def equivariant_flow(
 
     :param field_type: how the group acts on the event.
     :param latent_dim: the event's size, if the caller knows it: checked against ``field_type.size``.
-    :param kind: ``"coupling"``, ``"residual"`` or ``"implicit"``.
+    :param kind: ``"coupling"``, ``"iaf"``, ``"residual"`` or ``"implicit"``.
     :param num_transforms: number of steps.
     :param hidden_dims: channels of the conditioners' hidden layers.
     :param linear: whether each step has an :class:`~pyro_equiflow.EquivariantLinear`.
     :param actnorm: whether each step has an :class:`~pyro_equiflow.EquivariantActNorm`, set by the first batch.
-    :param split_by: blocks to split are ``"fields"`` or ``"irreps"``, see
+    :param split_by: blocks to split or to order are ``"fields"`` or ``"irreps"``, see
         :class:`~pyro_equiflow.EquivariantCoupling`.
     :param kwargs: further keywords of the factory of the kind, such as ``log_scale_bound`` or ``kernel_size``.
     :raises ValueError: a latent dimension unlike the field type's size, an unknown kind, no step, a type that

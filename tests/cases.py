@@ -102,6 +102,11 @@ def _coupling(kind: enn.FieldType, **options) -> pe.EquivariantTransform:
     return pe.equivariant_coupling(kind, **options)
 
 
+def _iaf(kind: enn.FieldType) -> pe.EquivariantTransform:
+    options = {"hidden_dims": (16,), "identity_init": False, "log_scale_bound": 1.0, **_net_options(kind)}
+    return pe.equivariant_iaf(kind, **options)
+
+
 def _flow(kind: enn.FieldType) -> pe.EquivariantTransform:
     flow = pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(16,), log_scale_bound=1.0, **_net_options(kind))
     # Sets the actnorms, as the first batch of a training would.
@@ -119,6 +124,7 @@ def _solved(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType
 KINDS: dict[str, Callable[[enn.FieldType], pe.EquivariantTransform]] = {
     "coupling": _coupling,
     "coupling-by-irreps": functools.partial(_coupling, split_by="irreps"),
+    "iaf": _iaf,
     "residual": functools.partial(_solved, pe.equivariant_residual),
     "implicit": functools.partial(_solved, pe.equivariant_implicit),
     "linear": pe.equivariant_linear,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from escnn import nn as enn
@@ -65,10 +66,19 @@ class Conditioner(torch.nn.Module):
         """The network's map on plain tensors, weights expanded from the present parameters."""
         return expand(self.network)
 
+    def on_events(self) -> Callable[[Tensor], Tensor]:
+        """The network's map on events of any batch shape, weights expanded once for all its calls."""
+        expanded = self.expanded()
+
+        def fn(x: Tensor) -> Tensor:
+            if x.dim() == self._event_dim + 1:
+                return expanded(x)
+            flat, batch = flatten_batch(x, self._event_dim)
+            out = expanded(flat)
+            return out.unflatten(0, batch) if batch else out[0]
+
+        return fn
+
     def forward(self, x: Tensor) -> Tensor:
         """The network's output, ``(*batch, C_in, *spatial)`` to ``(*batch, C_out, *spatial)``."""
-        if x.dim() == self._event_dim + 1:
-            return self.expanded()(x)
-        flat, batch = flatten_batch(x, self._event_dim)
-        out = self.expanded()(flat)
-        return out.unflatten(0, batch) if batch else out[0]
+        return self.on_events()(x)

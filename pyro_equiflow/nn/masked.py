@@ -81,7 +81,8 @@ class MaskedSteerableNet(SteerableModule):
         self.in_degrees = _checked("in_degrees", in_degrees, in_type)
         self.out_degrees = _checked("out_degrees", out_degrees, out_type)
         hidden = [
-            hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
+            hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function)
+            for width in hidden_dims
         ]
         self.hidden_degrees = self._spread(hidden)
 

@@ -11,6 +11,12 @@ from pyro_equiflow.transforms.coupling import (
     conditional_equivariant_coupling,
     equivariant_coupling,
 )
+from pyro_equiflow.transforms.iaf import (
+    ConditionalEquivariantIAF,
+    EquivariantIAF,
+    conditional_equivariant_iaf,
+    equivariant_iaf,
+)
 from pyro_equiflow.transforms.implicit import (
     ConditionalEquivariantImplicit,
     EquivariantImplicit,
@@ -29,21 +35,25 @@ from pyro_equiflow.transforms.residual import (
 __all__ = [
     "Compose",
     "ConditionalEquivariantCoupling",
+    "ConditionalEquivariantIAF",
     "ConditionalEquivariantImplicit",
     "ConditionalEquivariantResidual",
     "ConditionalEquivariantTransform",
     "EquivariantActNorm",
     "EquivariantCoupling",
+    "EquivariantIAF",
     "EquivariantImplicit",
     "EquivariantLinear",
     "EquivariantResidual",
     "EquivariantTransform",
     "Inverse",
     "conditional_equivariant_coupling",
+    "conditional_equivariant_iaf",
     "conditional_equivariant_implicit",
     "conditional_equivariant_residual",
     "equivariant_actnorm",
     "equivariant_coupling",
+    "equivariant_iaf",
     "equivariant_implicit",
     "equivariant_linear",
     "equivariant_residual",

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from escnn.group import Representation
 from escnn.nn import FieldType
+from torch import Tensor
 
+from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation
 
 __all__ = ["Block", "BlockLayout", "block_layout"]
@@ -34,13 +37,26 @@ class BlockLayout:
 
     :ivar blocks: the blocks in order.
     :ivar basis: :math:`P`, orthogonal float64 of shape ``(C, C)``; ``None`` where it is the identity.
+    :ivar spatial_dims: dimensions of the grid.
     """
 
-    def __init__(self, blocks: list[Block], basis: np.ndarray | None) -> None:
+    def __init__(self, blocks: list[Block], basis: np.ndarray | None, spatial_dims: int) -> None:
         self.blocks = tuple(blocks)
         self.basis = basis
+        self.spatial_dims = spatial_dims
+        self._constants = Constants(basis=basis)
         self.sizes = [sum(field.size for field in block.fields) for block in blocks]
         self.starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """An event's coordinates :math:`z`, shape ``(*batch, C, *spatial)``."""
+        basis = self._constants.like(x)["basis"]
+        return x if basis is None else channel_matmul(basis.T, x, self.spatial_dims)
+
+    def event(self, z: Tensor) -> Tensor:
+        """The event of some coordinates."""
+        basis = self._constants.like(z)["basis"]
+        return z if basis is None else channel_matmul(basis, z, self.spatial_dims)
 
     def first_half(self) -> list[int]:
         """The first blocks up to half of the channels, at least one, never all."""
@@ -73,7 +89,8 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str) -> Blo
     if split_by == "irreps":
         trivial = field_type.gspace.trivial_repr
         blocks = [Block((b.irrep,), (trivial,), (b.size,)) for b in decomposition.blocks]
-        layout = BlockLayout(blocks, None if decomposition.is_identity else decomposition.change_of_basis)
+        basis = None if decomposition.is_identity else decomposition.change_of_basis
+        layout = BlockLayout(blocks, basis, int(field_type.gspace.dimensionality))
     else:
         layout = _fields_layout(field_type, decomposition)
     if len(layout.blocks) < 2:
@@ -104,4 +121,4 @@ def _fields_layout(field_type: FieldType, decomposition: IrrepDecomposition) -> 
             fields = tuple(b.irrep for b in irreps)
             blocks.append(Block(fields, len(irreps) * (trivial,), tuple(b.size for b in irreps)))
         start = stop
-    return BlockLayout(blocks, None if identity else basis)
+    return BlockLayout(blocks, None if identity else basis, int(field_type.gspace.dimensionality))

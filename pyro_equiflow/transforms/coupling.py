@@ -14,8 +14,9 @@ from torch import Tensor
 from pyro_equiflow.nn import steerable_net
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import cat_channels, channel_matmul
+from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.transforms.affine import BlockAffine, check_log_scale_bound
 from pyro_equiflow.transforms.blocks import block_layout
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
@@ -83,14 +84,13 @@ class EquivariantCoupling(ConditionableTransform):
         context_type: enn.FieldType | None = None,
         cache_size: int = 1,
     ) -> None:
-        if not 0 < log_scale_bound < float("inf"):
-            raise ValueError(f"log_scale_bound: expected a positive finite number, found {log_scale_bound}")
+        bound = check_log_scale_bound(log_scale_bound)
         parts = _Split(field_type, split, split_by)
         in_type, out_type = parts.conditioner_types(context_type)
         network = Conditioner(conditioner, in_type, out_type)
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self.log_scale_bound = float(log_scale_bound)
+        self.log_scale_bound = bound
         self._parts = parts
 
     @staticmethod
@@ -108,28 +108,25 @@ class EquivariantCoupling(ConditionableTransform):
         return _Split(field_type, split, split_by).conditioner_types(context_type)
 
     def _scale_and_shift(self, x_a: Tensor) -> tuple[Tensor, Tensor]:
-        parts, dim = self._parts, -self.event_dim
+        affine, dim = self._parts.affine, -self.event_dim
         x_a, context = self._with_context(x_a)
         out = self.conditioner(x_a if context is None else torch.cat([x_a, context], dim))
-        raw, shift = out.split([parts.num_scales, parts.num_transformed], dim)
-        bound = self.log_scale_bound
-        return bound * torch.tanh(raw / bound), shift
+        raw, shift = out.split([affine.num_scales, affine.num_channels], dim)
+        return raw, shift
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x_a, x_b = self._parts.take_apart(x)
-        scale, shift = self._scale_and_shift(x_a)
-        y_b = self._parts.scaled(x_b, scale.exp()) + shift
-        return self._parts.put_together(x_a, y_b), self._parts.log_det(scale)
+        y_b, ladj = self._parts.affine.forward(x_b, *self._scale_and_shift(x_a), self.log_scale_bound)
+        return self._parts.put_together(x_a, y_b), ladj
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         y_a, y_b = self._parts.take_apart(y)
-        scale, shift = self._scale_and_shift(y_a)
-        x_b = self._parts.scaled(y_b - shift, (-scale).exp())
-        return self._parts.put_together(y_a, x_b), -self._parts.log_det(scale)
+        x_b, ladj = self._parts.affine.inverse(y_b, *self._scale_and_shift(y_a), self.log_scale_bound)
+        return self._parts.put_together(y_a, x_b), ladj
 
 
 class _Split:
-    """The two halves of an event: which channels condition, which are transformed, how scales reach channels."""
+    """The two halves of an event: which channels condition, which are transformed."""
 
     def __init__(self, field_type: enn.FieldType, split: Sequence[int] | None, split_by: str | None) -> None:
         validate_field_type(field_type)
@@ -138,45 +135,30 @@ class _Split:
         self.kept = layout.first_half() if split is None else _checked(split, len(layout.blocks))
         self.moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
         self.layout = layout
-        moved = [layout.blocks[i] for i in self.moved]
-        self.scale_types = [s for block in moved for s in block.scales]
-        repeats = np.array([r for block in moved for r in block.repeats])
-        self.num_scales = len(repeats)
-        self.num_transformed = int(repeats.sum())
-        self.spatial_dims = int(field_type.gspace.dimensionality)
+        self.spatial_dims = layout.spatial_dims
+        self.affine = BlockAffine([layout.blocks[i] for i in self.moved], self.spatial_dims)
         a, b = layout.channels(self.kept), layout.channels(self.moved)
         self.order = np.concatenate([a, b])
-        # Channels of every scale, where all have equally many: then no index is needed.
-        self.uniform = int(repeats[0]) if (repeats == repeats[0]).all() else 0
         in_order = bool((self.order == np.arange(len(self.order))).all())
         swapped = bool((self.order == np.roll(np.arange(len(self.order)), -len(b))).all())
         self.sizes = (len(a), len(b))
         self.arrangement = "ab" if in_order else "ba" if swapped else "mixed"
-        self.constants = Constants(
-            basis=layout.basis,
-            order=self.order,
-            inverse_order=np.argsort(self.order),
-            channel_of=np.repeat(np.arange(len(repeats)), repeats),
-            repeats=repeats.astype(float),
-        )
+        self.constants = Constants(order=self.order, inverse_order=np.argsort(self.order))
 
     def conditioner_types(self, context_type: enn.FieldType | None) -> tuple[enn.FieldType, enn.FieldType]:
         gspace = self.field_type.gspace
         fields = [field for i in self.kept for field in self.layout.blocks[i].fields]
-        shifts = [field for i in self.moved for field in self.layout.blocks[i].fields]
         in_type = with_context_fields(enn.FieldType(gspace, fields), context_type)
-        return in_type, enn.FieldType(gspace, [*self.scale_types, *shifts])
+        return in_type, enn.FieldType(gspace, [*self.affine.scale_fields, *self.affine.shift_fields])
 
     def take_apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dim, (size_a, size_b) = -1 - self.spatial_dims, self.sizes
-        constants = self.constants.like(x)
-        if constants["basis"] is not None:
-            x = channel_matmul(constants["basis"].T, x, self.spatial_dims)
+        x = self.layout.coordinates(x)
         if self.arrangement == "ba":
             x_b, x_a = x.split([size_b, size_a], dim)
             return x_a, x_b
         if self.arrangement == "mixed":
-            x = x.index_select(dim, constants["order"])
+            x = x.index_select(dim, self.constants.like(x)["order"])
         x_a, x_b = x.split([size_a, size_b], dim)
         return x_a, x_b
 
@@ -184,31 +166,10 @@ class _Split:
         dim = -1 - self.spatial_dims
         if x_a.shape[:dim] != x_b.shape[:dim]:  # a batch of contexts on one event
             x_a = x_a.expand(*x_b.shape[:dim], *x_a.shape[dim:])
-        constants = self.constants.like(x_b)
         x = cat_channels([x_b, x_a] if self.arrangement == "ba" else [x_a, x_b], self.spatial_dims)
         if self.arrangement == "mixed":
-            x = x.index_select(dim, constants["inverse_order"])
-        if constants["basis"] is not None:
-            x = channel_matmul(constants["basis"], x, self.spatial_dims)
-        return x
-
-    def scaled(self, x_b: Tensor, factor: Tensor) -> Tensor:
-        """The transformed channels times one factor a channel, or one an irrep."""
-        dim = -1 - self.spatial_dims
-        if self.uniform == 1:
-            return x_b * factor
-        if self.uniform:
-            fields = x_b.unflatten(dim, (self.num_scales, self.uniform))
-            return (fields * factor.unsqueeze(dim)).flatten(dim - 1, dim)
-        return x_b * factor.index_select(dim, self.constants.like(factor)["channel_of"])
-
-    def log_det(self, scale: Tensor) -> Tensor:
-        """The sum of the scales over channels and positions."""
-        if self.spatial_dims:
-            scale = scale.flatten(-self.spatial_dims).sum(-1)
-        if self.uniform:
-            return self.uniform * scale.sum(-1)
-        return scale @ self.constants.like(scale)["repeats"]
+            x = x.index_select(dim, self.constants.like(x)["inverse_order"])
+        return self.layout.event(x)
 
 
 def _checked(split: Sequence[int], count: int) -> list[int]:
