@@ -18,6 +18,9 @@ from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
 
 __all__ = ["MaskedSteerableNet"]
 
+#: What an output field sees of the fields before it; with equality it would see its own input.
+strictly_above = np.greater.outer
+
 
 class MaskedSteerableNet(SteerableModule):
     r"""An equivariant network in which an output field of degree :math:`d` sees the input fields below :math:`d`.
@@ -96,7 +99,7 @@ class MaskedSteerableNet(SteerableModule):
         for layer, own in zip(hidden, self.hidden_degrees):
             modules += [linear(present, layer.in_type, np.greater_equal.outer(own, degrees)), layer]
             present, degrees = layer.out_type, own
-        last = linear(present, out_type, np.greater.outer(self.out_degrees, degrees))
+        last = linear(present, out_type, strictly_above(self.out_degrees, degrees))
         if zero_init:
             torch.nn.init.zeros_(last.weight)
         self.layers = torch.nn.ModuleList([*modules, last])
