@@ -157,6 +157,7 @@ def test_shapes_that_hold_no_event(case):
 
 BUILDERS = {
     "coupling": pe.equivariant_coupling,
+    "iaf": pe.equivariant_iaf,
     "linear": pe.equivariant_linear,
     "actnorm": pe.equivariant_actnorm,
     "residual": pe.equivariant_residual,

@@ -16,21 +16,24 @@ from tests.cases import field_type, point, randomize, spatial_shape
 
 
 @pytest.mark.parametrize("name", ["trivial", "C4", "O2", "SO3", "C4-plane", "octahedral-space"])
-def test_flows_start_as_the_identity(name):
+@pytest.mark.parametrize("kind_of_step", ["coupling", "iaf"])
+def test_flows_start_as_the_identity(kind_of_step, name):
     kind = field_type(name)
     options = {"nonlinearity": "gated"} if kind.gspace.dimensionality == 3 else {}
-    flow = pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(8,), **options)
+    flow = pe.equivariant_flow(kind, kind=kind_of_step, num_transforms=2, hidden_dims=(8,), **options)
     x = torch.randn(2, kind.size, *spatial_shape(name))
     y, ladj = flow.eval().call_and_ladj(x)
     torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ladj, torch.zeros(2))
 
 
-def test_every_channel_moves():
-    """Two couplings in turn leave nothing untouched, linear layers or not."""
+@pytest.mark.parametrize("kind_of_step", ["coupling", "iaf"])
+def test_every_channel_moves(kind_of_step):
+    """Two steps in turn leave nothing untouched, linear layers or not."""
     for name in ("C4", "O2", "C4-plane"):
         kind = field_type(name)
-        flow = pe.equivariant_flow(kind, num_transforms=2, linear=False, actnorm=False, hidden_dims=(8,))
+        options = {"linear": False, "actnorm": False, "hidden_dims": (8,)}
+        flow = pe.equivariant_flow(kind, kind=kind_of_step, num_transforms=2, **options)
         assert len(flow) == 2
         x = torch.randn(8, kind.size, *spatial_shape(name))
         moved = (randomize(flow)(x) - x).abs().movedim(1, 0).flatten(1).amax(1)
@@ -47,6 +50,24 @@ def test_options_reach_their_parts():
     testing.assert_equivariant(flow, x.double())
     testing.assert_inverse(flow, x.double())
     testing.assert_log_det(flow, x[:1].double())
+
+
+def test_autoregressive_steps_take_turns():
+    """Blocks in order, then in reverse: with two steps every block comes to depend on all others."""
+    kind = field_type("C4")
+    flow = pe.equivariant_flow(kind, kind="iaf", num_transforms=3, log_scale_bound=0.7, hidden_dims=(64,))
+    steps = [part for part in flow if isinstance(part, pe.EquivariantIAF)]
+    assert [type(part).__name__ for part in flow] == 3 * ["EquivariantActNorm", "EquivariantLinear", "EquivariantIAF"]
+    assert [step.order for step in steps] == [(0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (0, 1, 2, 3, 4, 5)]
+    assert all(step.log_scale_bound == 0.7 for step in steps)
+    x = torch.randn(20, kind.size)
+    flow(x)
+    flow = randomize(flow).double()
+    testing.assert_equivariant(flow, x.double())
+    testing.assert_inverse(flow, x.double())
+    testing.assert_log_det(flow, x[:1].double())
+    by_irreps = pe.equivariant_flow(kind, kind="iaf", num_transforms=2, split_by="irreps", linear=False, actnorm=False)
+    assert [step.order for step in by_irreps] == [tuple(range(9)), tuple(range(9))[::-1]]
 
 
 @pytest.mark.parametrize("name, linear, actnorm", [("O2", True, True), ("C4-plane", False, False), ("C4", False, True)])

@@ -23,7 +23,7 @@ SAVED = [
     "coupling-O2", "linear-O2", "flow-O2", "coupling-SO3", "coupling-O3", "coupling-D4", "coupling-octahedral",
     "coupling-by-irreps-C4", "coupling-by-irreps-D3", "coupling-cylinder", "coupling-O2-plane", "coupling-SO2-plane",
     "coupling-D4-plane", "coupling-C8-plane", "coupling-octahedral-space", "coupling-SO3-space", "residual-O2",
-    "residual-C4-plane", "implicit-SO3", "implicit-O2-plane",
+    "residual-C4-plane", "implicit-SO3", "implicit-O2-plane", "iaf-O2", "iaf-C4-plane",
 ]  # fmt: skip
 
 # The user's own layers have escnn's bases, made the same everywhere when the package is imported.
@@ -166,7 +166,7 @@ torch.set_default_dtype(torch.float64)
 from tests.cases import CASES, events
 for case in [
     "coupling-O2", "linear-C4", "flow-O2", "coupling-C4-plane", "coupling-O2-plane", "coupling-octahedral-space",
-    "residual-O2", "implicit-C4-plane", "actnorm-SO3",
+    "residual-O2", "implicit-C4-plane", "actnorm-SO3", "iaf-O2",
 ]:
     transform = CASES[case]()
     assert all(p.dtype == torch.float32 for p in transform.parameters())
