@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -17,9 +18,6 @@ from pyro_equiflow.nn.networks import check_network, hidden_layer
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
 
 __all__ = ["MaskedSteerableNet"]
-
-#: What an output field sees of the fields before it; with equality it would see its own input.
-strictly_above = np.greater.outer
 
 
 class MaskedSteerableNet(SteerableModule):
@@ -99,7 +97,7 @@ class MaskedSteerableNet(SteerableModule):
         for layer, own in zip(hidden, self.hidden_degrees):
             modules += [linear(present, layer.in_type, np.greater_equal.outer(own, degrees)), layer]
             present, degrees = layer.out_type, own
-        last = linear(present, out_type, strictly_above(self.out_degrees, degrees))
+        last = linear(present, out_type, np.greater.outer(self.out_degrees, degrees))
         if zero_init:
             torch.nn.init.zeros_(last.weight)
         self.layers = torch.nn.ModuleList([*modules, last])
@@ -151,8 +149,8 @@ def _evenly(levels: list[int], count: int) -> list[int]:
 
 def _checked(name: str, degrees: Sequence[int], field_type: enn.FieldType) -> list[int]:
     degrees = list(degrees)
-    if len(degrees) != len(field_type.representations) or not all(isinstance(d, int) for d in degrees):
+    if len(degrees) != len(field_type.representations) or not all(isinstance(d, Integral) for d in degrees):
         raise ValueError(
             f"{name}: expected an integer for each of the {len(field_type.representations)} fields, found {degrees}"
         )
-    return degrees
+    return [int(d) for d in degrees]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -170,9 +171,7 @@ class _Ordered:
         self.field_type = field_type
         self.layout = block_layout(field_type, split_by, "EquivariantIAF")
         blocks, spatial_dims = self.layout.blocks, self.layout.spatial_dims
-        self.order = tuple(range(len(blocks)) if order is None else order)
-        if sorted(self.order) != list(range(len(blocks))):
-            raise ValueError(f"order: expected a permutation of 0 to {len(blocks) - 1}, found {list(self.order)}")
+        self.order = _checked(order, len(blocks))
         self.affine = BlockAffine(blocks, spatial_dims)
         self.affines = [BlockAffine([block], spatial_dims) for block in blocks]
         #: The first channels of each block's scales and of its shifts.
@@ -193,6 +192,13 @@ class _Ordered:
         scales = [1 + self.order.index(i) for i, block in enumerate(blocks) for _ in block.scales]
         context = [] if context_type is None else len(context_type.representations) * [0]
         return [*fields, *context], [*scales, *fields]
+
+
+def _checked(order: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    given = list(range(count) if order is None else order)
+    if not all(isinstance(i, Integral) for i in given) or sorted(given) != list(range(count)):
+        raise ValueError(f"order: expected a permutation of 0 to {count - 1}, found {given}")
+    return tuple(int(i) for i in given)
 
 
 class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
