@@ -2,6 +2,7 @@
 """Inverse autoregressive flows: what each block sees, how often the network runs, and the laws under a context."""
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from escnn import group
@@ -156,8 +157,8 @@ def test_passes(name, monkeypatch):
 def test_the_inverse_scores_data_in_one_pass(monkeypatch):
     transform = make("O2")
     x = some_events("O2", 5)
-    base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(8).double(), 1.0), 1)
-    flow = torch.distributions.TransformedDistribution(base, [pe.Inverse(transform)])
+    base = dist.Normal(torch.zeros(8).double(), 1.0).to_event(1)
+    flow = dist.TransformedDistribution(base, [pe.Inverse(transform)])
     calls = count_calls(transform, monkeypatch)
     assert flow.log_prob(x).shape == (5,)
     assert calls == {"expanded": 1, "passes": 1}
@@ -226,6 +227,21 @@ def test_every_block_sees_the_context(name):
     assert all(full[layout.channels([i])].norm() > 1e-9 for i in range(len(layout.blocks)))
     first = transform.transform.order[0]
     assert full[layout.channels([first])].norm() > 1e-9
+
+
+def test_batches_of_contexts_in_a_distribution():
+    """Sampling and scoring of ``ConditionalTransformedDistribution``, invariant where base and context are."""
+    kind, context_type = field_type("O2"), contexts("O2")["invariant"]
+    transform = make("O2", context=context_type)
+    base = dist.Normal(torch.zeros(8).double(), 1.0).to_event(1)
+    family = dist.ConditionalTransformedDistribution(base, [transform])
+    context = torch.randn(5, context_type.size, dtype=torch.float64)
+    x = family.condition(context).rsample((4, 5))
+    scores = family.condition(context).log_prob(x)
+    assert x.shape == (4, 5, 8) and scores.shape == (4, 5)
+    for i in range(5):
+        torch.testing.assert_close(family.condition(context[i]).log_prob(x[:, i]), scores[:, i])
+    testing.assert_invariant(family.condition(context[0]), x[:, 0], kind, tolerance=1e-9)
 
 
 # ---- masked networks ---------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_a_split_inside_an_irrep_is_caught(monkeypatch):
     trivial = kind.gspace.trivial_repr
 
     def wrong_layout(field_type, *args, **kwargs):
-        return BlockLayout(4 * [Block((trivial,), (trivial,), (1,))], None)
+        return BlockLayout(4 * [Block((trivial,), (trivial,), (1,))], None, 0)
 
     monkeypatch.setattr("pyro_equiflow.transforms.coupling.block_layout", wrong_layout)
     transform = randomize(pe.equivariant_coupling(kind, split=[0], **SMALL))
