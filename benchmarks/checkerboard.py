@@ -231,9 +231,9 @@ def main() -> None:
             f"| {kind} | {BLOCKS[kind]} | {r.parameters} | {r.steps} | {r.seconds / 60:.1f} "
             f"| {r.bits:.4f} | {r.error:.4f} | {PUBLISHED[kind]:.2f} | {r.mass:.4f} |"
         )
-    scores = [r.scores for r in results.values()]
-    if len(scores) == 2 and all(s is not None for s in scores):
-        gap = scores[0] - scores[1]  # type: ignore[operator]
+    scores = [r.scores for r in results.values() if r.scores is not None]
+    if len(results) == len(scores) == 2:
+        gap = scores[0] - scores[1]
         print(
             f"{args.kinds[0]} minus {args.kinds[1]} on the same points: {float(gap.mean()):+.4f} bits, "
             f"s.e. {float(gap.std() / len(gap) ** 0.5):.4f}"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from escnn import group, gspaces
 from escnn import nn as enn
+from likelihood import likelihood_step
 from timing import ratio
 from torch import Tensor
 
@@ -57,32 +58,18 @@ def _plain_cnn(sizes: list[int]) -> torch.nn.Sequential:
 
 
 def _plain_step(stack: torch.nn.ModuleList, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(stack.parameters(), lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        x, total = y, 0.0
+    def score() -> tuple[Tensor, Tensor]:
+        x, total = y, y.new_zeros(())
         for transform in reversed(stack):
             x, ladj = transform.inverse_and_ladj(x)
             total = total + ladj
-        loss = (0.5 * x.square().flatten(1).sum(1) - total).mean()
-        loss.backward()
-        optimizer.step()
+        return x, total
 
-    return step
+    return likelihood_step(stack, score)
 
 
 def _our_step(flow: Compose, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        x, ladj = flow.inverse_and_ladj(y)
-        loss = (0.5 * x.square().flatten(1).sum(1) - ladj).mean()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return likelihood_step(flow, lambda: flow.inverse_and_ladj(y))
 
 
 def vectors(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from escnn import gspaces
 from escnn import nn as enn
+from likelihood import likelihood_step
 from timing import ratio
 
 from pyro_equiflow import EquivariantResidual, equivariant_residual
@@ -24,16 +25,7 @@ SIDE = 28
 def training_step(transform: EquivariantResidual, batch: int) -> Callable[[], None]:
     """One step of maximum likelihood on Gaussian images under a Gaussian base."""
     x = torch.randn(batch, transform.field_type.size, SIDE, SIDE)
-    optimizer = torch.optim.Adam(transform.parameters(), lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        y, ladj = transform.call_and_ladj(x)
-        loss = (0.5 * y.square().flatten(1).sum(1) - ladj).mean()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return likelihood_step(transform, lambda: transform.call_and_ladj(x))
 
 
 def bounds(transform: EquivariantResidual) -> Callable[[], None]:

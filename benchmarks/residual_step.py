@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from escnn import group, gspaces
 from escnn import nn as enn
+from likelihood import likelihood_step
 from normflows.flows import Residual
 from normflows.nets import LipschitzMLP
 from normflows.utils import update_lipschitz
@@ -60,28 +61,15 @@ def data(size: int, batch: int = 1000) -> Tensor:
 
 def our_step(flow: EquivariantResidual | Compose, x: Tensor) -> Callable[[], None]:
     """A step of maximum likelihood, data to latents."""
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        z, ladj = flow.call_and_ladj(x)
-        loss = (0.5 * z.square().sum(1) - ladj).mean()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return likelihood_step(flow, lambda: flow.call_and_ladj(x), lr=1e-3)
 
 
 def their_step(theirs: Residual, x: Tensor) -> Callable[[], None]:
     """The same step, power iterations included; their map from data to latents is ``inverse``."""
-    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    likelihood = likelihood_step(theirs, lambda: theirs.inverse(x), lr=1e-3)
 
     def step() -> None:
-        optimizer.zero_grad()
-        z, ladj = theirs.inverse(x)
-        loss = (0.5 * z.square().sum(1) - ladj).mean()
-        loss.backward()
-        optimizer.step()
+        likelihood()
         update_lipschitz(theirs, 5)
 
     return step

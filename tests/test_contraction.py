@@ -123,8 +123,11 @@ def in_float64(steps, x):
         if forwards:
             x = x + fn(x, *weights)
         else:
-            y, fn_ = x, fn
-            phi = lambda z, i, y=y, fn=fn_, weights=weights: (y if i is None else y[i]) - fn(z, *weights)  # noqa: E731
+            y = x
+
+            def phi(z, i, y=y, fn=fn, weights=weights):
+                return (y if i is None else y[i]) - fn(z, *weights)
+
             x = Anderson().solve(phi, y, lipschitz=bound, tolerance=1e-14 / (1 - bound), on_failure="ignore").value
     return x
 

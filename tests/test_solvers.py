@@ -580,7 +580,9 @@ def test_refinement_leaves_certified_samples_to_the_last_bit():
 
 
 def test_refinement_reports_failure_and_is_nothing_in_float64():
-    phi = lambda x, b: 0.99 * x.flip(1) + b  # noqa: E731
+    def phi(x, b):
+        return 0.99 * x.flip(1) + b
+
     b = torch.randn(5, 2)
     options = {"lipschitz": 0.99, "batched": (True,), "solver": FixedPoint(), "refine": True}
     with pytest.raises(ConvergenceError, match="tolerance=2.00e-06 with lipschitz=0.99"):
