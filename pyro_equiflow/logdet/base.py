@@ -25,7 +25,7 @@ __all__ = [
 
 
 class LogDet(NamedTuple):
-    r"""What an estimator found, a sample; every tensor but ``output`` has shape ``(B,)``.
+    r"""What an estimator found, a sample; shape ``(B,)`` but for the last two.
 
     :ivar value: :math:`\log|\det(I + J_f(x))|` or its estimate, with gradients to ``x`` and ``tensors``.
     :ivar error: a bound on ``|value - exact|`` that always holds as long as ``lipschitz`` does; no gradient. Where
@@ -33,12 +33,14 @@ class LogDet(NamedTuple):
     :ivar stderr: standard error over the probes, of an estimate's random part; 0 where nothing is random, NaN for a
         single probe; no gradient.
     :ivar output: ``fn(x, *tensors)``, from the same pass.
+    :ivar jacobian: the Jacobians :math:`J_f(x)`, shape ``(B, D, D)``, without a graph, where they were found.
     """
 
     value: Tensor
     error: Tensor
     stderr: Tensor
     output: Tensor
+    jacobian: Tensor | None = None
 
 
 class Estimator(Protocol):

@@ -64,4 +64,4 @@ class Exact:
             if not keep:
                 value, y = value.detach(), y.detach()
         error = torch.full_like(value, rounding_allowance(size, lipschitz, x.dtype), requires_grad=False)
-        return LogDet(value, error, torch.zeros_like(error), y)
+        return LogDet(value, error, torch.zeros_like(error), y, jacobian.detach())

@@ -20,11 +20,15 @@ __all__ = ["Adjoint", "DenseAdjoint", "ImplicitAdjoint", "Problem", "UnrolledAdj
 
 
 class Problem(NamedTuple):
-    """The map ``phi(x, *tensors)``, which tensors hold a row for each sample, and its Lipschitz bound."""
+    """The map ``phi(x, *tensors)``, which tensors hold a row for each sample, and its Lipschitz bound.
+
+    :ivar jacobian: gives the Jacobian at the fixed point, or ``None``, see :meth:`Adjoint.attach`.
+    """
 
     phi: Callable[..., Tensor]
     batched: tuple[bool, ...]
     lipschitz: float
+    jacobian: Callable[[], Tensor | None] = lambda: None
 
     def rows(self, tensors: Sequence[Tensor], index: Tensor | None) -> list[Tensor]:
         if index is None:
@@ -44,6 +48,7 @@ class Adjoint(ABC):
         *,
         lipschitz: float,
         batched: Sequence[bool] | None = None,
+        jacobian: Callable[[], Tensor | None] = lambda: None,
     ) -> Tensor:
         r"""The fixed point with a graph to ``tensors``.
 
@@ -52,6 +57,8 @@ class Adjoint(ABC):
         :param tensors: what the map depends on: weights and data.
         :param lipschitz: upper bound of the map's Lipschitz constant in ``x``, in [0, 1).
         :param batched: for each tensor whether its first dimension is the batch; by default none is.
+        :param jacobian: asked in the backward pass for :math:`\partial\phi/\partial x` at ``value``, shape
+            ``(B, D, D)``, or ``None`` where it is not known; spares an adjoint that needs it the work.
         :return: shape and dtype of ``value``.
         """
 
@@ -83,9 +90,10 @@ class _AtTheRoot(Adjoint):
         *,
         lipschitz: float,
         batched: Sequence[bool] | None = None,
+        jacobian: Callable[[], Tensor | None] = lambda: None,
     ) -> Tensor:
         """See :meth:`Adjoint.attach`; what ``value`` holds is returned to the last bit."""
-        problem = Problem(phi, per_sample(tensors, batched, value), lipschitz)
+        problem = Problem(phi, per_sample(tensors, batched, value), lipschitz, jacobian)
         return _Implicit.apply(self, problem, value.detach(), *tensors)
 
     @abstractmethod
@@ -142,9 +150,10 @@ class DenseAdjoint(_AtTheRoot):
     r"""Implicit differentiation as of :class:`ImplicitAdjoint`, with every sample's dense Jacobian: the system
     :math:`(1 - J^\top)\, g = u` is solved directly, up to 3 x 3 in closed form and by LU beyond.
 
-    A backward pass is one evaluation of :math:`\phi` on a graph, one reverse pass for each entry of an event, and one
-    to ``tensors``; memory :math:`B D^2`. So it suits small events. Linear in :math:`u`, and exact to rounding,
-    :math:`\epsilon / (1 - c)` relative to :math:`u`, so there is no tolerance. Derivatives of any order are right.
+    A backward pass is one evaluation of :math:`\phi` on a graph, one reverse pass for each entry of an event where the
+    Jacobian is not known, and one to ``tensors``; memory :math:`B D^2`. So it suits small events. Linear in :math:`u`,
+    and exact to rounding, :math:`\epsilon / (1 - c)` relative to :math:`u`, so there is no tolerance. Derivatives of
+    any order are right.
 
     Example::
 
@@ -160,8 +169,10 @@ class DenseAdjoint(_AtTheRoot):
     """
 
     def _solve(self, linear: _Linear) -> Tensor:
-        # One reverse pass after another was as fast as all in one by vmap, and asks less of phi.
-        jacobian = dense_jacobian(linear.image, linear.x, 1, create_graph=False)
+        jacobian = linear.problem.jacobian()
+        if jacobian is None:
+            # One reverse pass after another was as fast as all in one by vmap, and asks less of phi.
+            jacobian = dense_jacobian(linear.image, linear.x, 1, create_graph=False)
         size = jacobian.shape[1]
         system = torch.eye(size, dtype=jacobian.dtype, device=jacobian.device) - jacobian.transpose(1, 2)
         flat = linear.upstream.reshape(len(system), size)
@@ -192,6 +203,7 @@ class UnrolledAdjoint(Adjoint):
         *,
         lipschitz: float,
         batched: Sequence[bool] | None = None,
+        jacobian: Callable[[], Tensor | None] = lambda: None,
     ) -> Tensor:
         """See :meth:`Adjoint.attach`; the value is that of the last step."""
         per_sample(tensors, batched, value)

@@ -37,6 +37,7 @@ def fixed_point(
     on_failure: OnFailure = "raise",
     refine: bool = False,
     wide: Callable[[], Sequence[Tensor]] | None = None,
+    jacobian: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Solution]:
     r"""The fixed point :math:`x^* = \phi(x^*, \theta)` of a contraction, differentiable with respect to :math:`\theta`.
 
@@ -65,6 +66,7 @@ def fixed_point(
         :math:`2^{-24} |x|`; the residual is the one before it. The root is that of the map in exact arithmetic on the
         float32 ``tensors``, or on those of ``wide``. Without effect in float64.
     :param wide: gives float64 tensors in place of those cast, where more of their digits are known.
+    :param jacobian: what the adjoint may ask for in the backward pass, see :meth:`Adjoint.attach`.
     :return: the value with its graph, and the :class:`Solution`.
     :raises ValueError: as :meth:`Solver.solve`, or ``batched`` that does not fit.
     :raises ConvergenceError: as :meth:`Solver.solve`.
@@ -92,7 +94,8 @@ def fixed_point(
             on_failure=on_failure,
         )
     adjoint = adjoint or (DenseAdjoint() if x0.shape[1:].numel() <= _DENSE else ImplicitAdjoint())
-    return adjoint.attach(phi, solution.value, tensors, lipschitz=lipschitz, batched=batched), solution
+    value = adjoint.attach(phi, solution.value, tensors, lipschitz=lipschitz, batched=batched, jacobian=jacobian)
+    return value, solution
 
 
 def _refined(

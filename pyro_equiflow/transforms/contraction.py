@@ -255,13 +255,22 @@ class ContractionTransform(ConditionableTransform):
 
     def _pull(self, map_: _Contraction, y: Tensor, before: _Pushed | None, deferred: bool) -> tuple[Tensor, Deferred]:
         """The root of ``x + F(x) = y``, and what gives the log-det of that inverse map."""
-        x = self._root(map_, y, before)[0]
+        jacobian: Tensor | None = None
+        x = self._root(map_, y, before, lambda: jacobian)[0]
         if deferred:
             return x, lambda: -self._estimate(map_, x).value
         found = self._estimate(map_, x)
+        # Of y - F(x). The backward pass comes after the log-det, so it need not find it once more.
+        jacobian = None if found.jacobian is None else -found.jacobian
         return x, lambda: -found.value
 
-    def _root(self, map_: _Contraction, y: Tensor, before: _Pushed | None) -> tuple[Tensor, Solution]:
+    def _root(
+        self,
+        map_: _Contraction,
+        y: Tensor,
+        before: _Pushed | None,
+        jacobian: Callable[[], Tensor | None] = lambda: None,
+    ) -> tuple[Tensor, Solution]:
         fn, tolerance = map_.fn, self.tolerance
         refine = map_.refine and (before is None or before.map_.refine)
         if tolerance is None and refine and y.dtype == torch.float32:
@@ -288,4 +297,5 @@ class ContractionTransform(ConditionableTransform):
             on_failure=self.on_failure,
             refine=refine,
             wide=wide,
+            jacobian=jacobian,
         )
