@@ -10,6 +10,7 @@ from pyro_equiflow import (
     testing,
 )
 from pyro_equiflow import transforms as _transforms
+from pyro_equiflow.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions import InvariantNormal, OrbitMixture
 from pyro_equiflow.errors import ConvergenceError, EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
@@ -20,11 +21,13 @@ from pyro_equiflow.transforms import *  # noqa: F403
 from pyro_equiflow.version import __version__
 
 __all__ = [
+    "AugmentedDistribution",
     "ConvergenceError",
     "EquivarianceError",
     "InvariantNormal",
     "OrbitMixture",
     "__version__",
+    "augment",
     "equivariant_flow",
     "infer",
     "logdet",

@@ -17,13 +17,15 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform
 
+from pyro_equiflow.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions import OrbitMixture
 from pyro_equiflow.errors import EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
 from pyro_equiflow.infer.latents import latent_field_type, preserved_random_state, validate_representations
+from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.ops.serialization import forget_param_store
 
 __all__ = ["AutoEquivariantFlow"]
@@ -39,6 +41,18 @@ class AutoEquivariantFlow(AutoContinuous):
 
     with :math:`u` the unconstrained latent values, flattened and joined in the order of the model's sites. Where the
     posterior is invariant, so is the guide, by construction and at every step of training.
+
+    A latent that cannot be split (a single vector, say) takes couplings with ``auxiliary`` fields :math:`e` beside it:
+    the flow then acts on :math:`u \oplus e`, and the guide's site is that joint. With :math:`r = N(0, I)` for the
+    auxiliary fields the ELBO and importance weights stay lower bounds and consistent estimates:
+
+    .. math:: E_q\bigl[\log p(u, y) + \log r(e) - \log q(u, e)\bigr] \le E_q\bigl[\log p(u, y) - \log q(u)\bigr]
+              \le \log p(y).
+
+    The first gap is :math:`KL(q(e \mid u) \,\|\, r(e))`; prefer ``flow=partial(equivariant_flow, kind="residual")``,
+    or ``"implicit"``, which take any latent, where the exact :math:`\log q(u)` or the tightest bound is worth dearer
+    steps. :meth:`get_posterior` is then an :class:`~pyro_equiflow.AugmentedDistribution`; ``NeuTraReparam`` needs the
+    auxiliary values as a normal site of the model instead.
 
     On its first call the guide runs the model, checks the declared symmetry against the model's log joint
     (:func:`check_model_invariance`) and builds the flow; parameters exist from then on. To load a ``state_dict`` into
@@ -73,17 +87,19 @@ class AutoEquivariantFlow(AutoContinuous):
         :class:`~torch.distributions.Transform` module that commutes with the group); by default
         :func:`~pyro_equiflow.equivariant_flow`.
         It is moved to the dtype and device of the latent values. Data-dependent layers are set by draws of the base.
+    :param auxiliary: how the group acts on auxiliary fields, or a number of invariant ones, see
+        :func:`~pyro_equiflow.augment`; the flow is then built for ``augment(latent_type, auxiliary)``.
     :param init_loc_fn: Pyro's per-site initialisation, used to find the sites' shapes only.
     :param check_invariance: whether the symmetry is checked on the first call.
     :param num_quantile_samples: draws behind :meth:`median` and :meth:`quantiles`.
-    :raises TypeError: ``representations`` or ``flow`` of another kind.
+    :raises TypeError: ``representations``, ``flow`` or ``auxiliary`` of another kind.
     :raises ValueError: field types over a base space or of unlike groups; on the first call also sites unknown to the
         model and sizes that do not fit.
     :raises EquivarianceError: on the first call, where the model lacks the symmetry; the sites are named.
 
     References: Köhler, Klein and Noé, *Equivariant flows: exact likelihood generative learning for symmetric
     densities* (arXiv 2006.02425), theorem 1; Kucukelbir et al., *Automatic differentiation variational inference*
-    (arXiv 1603.00788).
+    (arXiv 1603.00788); Huang, Dinh and Courville, *Augmented Normalizing Flows* (arXiv 2002.07101).
     """
 
     def __init__(
@@ -92,6 +108,7 @@ class AutoEquivariantFlow(AutoContinuous):
         representations: Mapping[str, FieldType],
         flow: Callable[[FieldType], Transform] | None = None,
         *,
+        auxiliary: FieldType | int | None = None,
         init_loc_fn: Callable[..., Any] = init_to_feasible,
         check_invariance: bool = True,
         num_quantile_samples: int = 10_000,
@@ -104,8 +121,11 @@ class AutoEquivariantFlow(AutoContinuous):
             )
         if not isinstance(num_quantile_samples, int) or num_quantile_samples < 1:
             raise ValueError(f"num_quantile_samples: expected a positive integer, found {num_quantile_samples!r}")
+        if auxiliary is not None:
+            augment(next(iter(representations.values())), auxiliary)  # raises now what it would on the first call
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.representations = dict(representations)
+        self.auxiliary = auxiliary
         self.check_invariance = check_invariance
         self.num_quantile_samples = num_quantile_samples
         #: Of the check on the first call.
@@ -125,7 +145,7 @@ class AutoEquivariantFlow(AutoContinuous):
             self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
             if self.check_invariance:
                 self.invariance_report = self._check_model(self.representations, args, kwargs)
-            self.transform = self._build(self.field_type)
+            self.transform = self._build(self._with_auxiliary(self.field_type))
         except Exception:
             self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
             raise
@@ -142,6 +162,9 @@ class AutoEquivariantFlow(AutoContinuous):
             )
         return report
 
+    def _with_auxiliary(self, field_type: FieldType) -> FieldType:
+        return field_type if self.auxiliary is None else augment(field_type, self.auxiliary)
+
     def _build(self, field_type: FieldType) -> Transform:
         flow = partial(equivariant_flow, field_type) if self._flow is None else partial(self._flow, field_type)
         transform = flow()
@@ -157,7 +180,7 @@ class AutoEquivariantFlow(AutoContinuous):
             transform.to(dtype=latent.dtype, device=latent.device)
             # One or a few particles a step say nothing of a layer's scale: base draws set it, once and for all.
             with preserved_random_state(), torch.no_grad():
-                rows = torch.randn(_INIT_ROWS, self.latent_dim, dtype=latent.dtype, device=latent.device)
+                rows = torch.randn(_INIT_ROWS, field_type.size, dtype=latent.dtype, device=latent.device)
                 transform(rows)
         return transform
 
@@ -173,23 +196,52 @@ class AutoEquivariantFlow(AutoContinuous):
     # ---- Pyro's contract --------------------------------------------------------------------------------------
 
     def get_base_dist(self) -> TorchDistribution:
-        """The standard normal on the whole latent, in the dtype and on the device of the flow's parameters."""
+        """The standard normal on the latent (and the auxiliary fields), in the flow's dtype and on its device."""
         self._require_set_up()
         like = next(self.parameters(), None)
         like = self._init_loc() if like is None else like
-        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([self.latent_dim]).to_event(1)
+        size = self._with_auxiliary(self.field_type).size
+        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([size]).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        """The flow, from the base to the unconstrained latent values."""
+        """The flow, from the base to the unconstrained latent values (followed by the auxiliary fields)."""
         transform = self._require_set_up()
         if self._pyro_context.active and not pyro.settings.get("module_local_params"):
             self._take_stored_parameters()
         return transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
-        """The guide's distribution of the unconstrained latent values; after :meth:`average_over` the average."""
-        posterior = super().get_posterior(*args, **kwargs)
-        return posterior if self.average_type is None else OrbitMixture(posterior, self.average_type)
+        """The guide's distribution of the unconstrained latent values; after :meth:`average_over` the average.
+
+        With auxiliary fields it draws exactly, bounds the log-density, and has their joint as ``.joint``.
+        """
+        joint = super().get_posterior(*args, **kwargs)
+        if self.average_type is not None:
+            # The finite group leaves the auxiliary fields as they are: their target is invariant under any action.
+            fields = joint.event_shape[0] - self.latent_dim
+            joint = OrbitMixture(joint, augment(self.average_type, fields) if fields else self.average_type)
+        return joint if self.auxiliary is None else AugmentedDistribution(joint, self.field_type)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the latent at the guide's auxiliary site; auxiliary fields with it, weighed by their target."""
+        if self.auxiliary is None:
+            return super().sample_latent(*args, **kwargs)
+        posterior, name = self.get_posterior(*args, **kwargs), f"_{self._pyro_name}"
+        joint = pyro.sample(f"{name}_latent", posterior.joint, infer={"is_auxiliary": True})
+        latent, fields = posterior.split(joint)
+        # The model has no site for r(e), so it is taken off the guide; a factor would warn outside of inference.
+        target = dist.Delta(fields, log_density=-posterior.auxiliary_log_prob(fields), event_dim=1)
+        pyro.sample(f"{name}_auxiliary", target, infer={"is_auxiliary": True})
+        return latent
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        if latent.shape[-1] != self.latent_dim:
+            raise ValueError(
+                f"{type(self).__name__}: expected {self.latent_dim} latent values, found {latent.shape[-1]}, with "
+                "auxiliary fields; NeuTraReparam leaves out their density: in place of auxiliary= add a normal "
+                "site to the model, pyro.sample(name, dist.Normal(torch.zeros(n), 1.0).to_event(1))"
+            )
+        return super()._unpack_latent(latent)
 
     def average_over(self, representations: Mapping[str, FieldType], *args: Any, **kwargs: Any) -> None:
         r"""From now on the guide is the exact average of the flow's distribution over a finite group as well.
@@ -293,14 +345,10 @@ class AutoEquivariantFlow(AutoContinuous):
         levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device).reshape(-1)
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles: expected numbers between 0 and 1, found {levels.tolist()}")
-        result = {}
-        for site, unconstrained in self._sites_of(latents):
-            to_support = biject_to(site["fn"].support)
-            if _is_elementwise(site["fn"].support):
-                result[site["name"]] = _quantile(to_support(unconstrained), levels)
-            else:
-                result[site["name"]] = to_support(_quantile(unconstrained, levels))
-        return result
+        return {
+            site["name"]: constrained_quantiles(unconstrained, levels, site["fn"].support)
+            for site, unconstrained in self._sites_of(latents)
+        }
 
     def _sites_of(self, latents: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Sites and unconstrained values, samples in front of the site's own shape."""
@@ -311,19 +359,3 @@ class AutoEquivariantFlow(AutoContinuous):
             part = latents[..., position : position + shape.numel()]
             yield site, part.reshape(*latents.shape[:-1], *shape)
             position += shape.numel()
-
-
-def _is_elementwise(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return bool(biject_to(support).domain.event_dim == 0)
-
-
-def _quantile(values: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles over the first dimension; torch's own refuses more than 2^24 elements."""
-    ordered = values.sort(0).values
-    position = levels * (len(ordered) - 1)
-    below = position.floor().long()
-    above = position.ceil().long()
-    weight = (position - below).reshape(-1, *(values.dim() - 1) * [1])
-    return torch.lerp(ordered[below], ordered[above], weight)

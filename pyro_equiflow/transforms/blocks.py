@@ -96,7 +96,8 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str) -> Blo
     if len(layout.blocks) < 2:
         raise ValueError(
             f"{owner}: expected a type of at least two {split_by}, found {field_type} with {len(layout.blocks)}: it "
-            "has no invariant part to split off. Add fields (auxiliary ones, say); or take a transform that needs no "
+            "has no invariant part to split off. Add fields (auxiliary ones: augment(field_type, 2), or auxiliary=2 of "
+            "AutoEquivariantFlow); or take a transform that needs no "
             "split, equivariant_residual or equivariant_implicit; or, for a finite group, OrbitMixture of a plain flow"
         )
     return layout
