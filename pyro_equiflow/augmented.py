@@ -68,7 +68,11 @@ class AugmentedDistribution(TorchDistribution):
 
     Where the density itself is needed (likelihoods to report, scores of a model's latent values) prefer
     :func:`~pyro_equiflow.equivariant_residual` or :func:`~pyro_equiflow.equivariant_implicit`, which take any type
-    and score it exactly; an augmented coupling has a closed inverse and may stretch as far as its scales allow.
+    and score it without auxiliary fields; an augmented coupling has a closed inverse and may stretch as far as its
+    scales allow.
+
+    From a joint flow that keeps :math:`x` and :math:`e` apart the bound has no gradient towards joining them; couplings
+    leave this saddle sooner with ``identity_init=False``.
 
     The bound scores given data, so the joint flow needs a cheap inverse: couplings as they are, others turned
     round, ``transform.inv``. In an objective of Pyro the bound is a factor::
@@ -79,7 +83,7 @@ class AugmentedDistribution(TorchDistribution):
         >>> space = gspaces.no_base_space(group.so3_group())
         >>> vector = enn.FieldType(space, [space.irrep(1)])
         >>> pair = augment(vector, 2)
-        >>> flow = equivariant_flow(pair, num_transforms=2, hidden_dims=(16,))
+        >>> flow = equivariant_flow(pair, num_transforms=2, hidden_dims=(16,), identity_init=False)
         >>> density = AugmentedDistribution(dist.TransformedDistribution(InvariantNormal(pair), [flow]), vector)
         >>> x = density.sample((100,))
         >>> density.log_prob_bound(x, num_particles=8).shape

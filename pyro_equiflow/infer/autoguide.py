@@ -43,16 +43,16 @@ class AutoEquivariantFlow(AutoContinuous):
     posterior is invariant, so is the guide, by construction and at every step of training.
 
     A latent that cannot be split (a single vector, say) takes couplings with ``auxiliary`` fields :math:`e` beside it:
-    the flow then acts on :math:`u \oplus e`, and the guide's site is that joint. With :math:`r = N(0, I)` for the
-    auxiliary fields the ELBO and importance weights stay lower bounds and consistent estimates:
+    the flow then acts on :math:`u \oplus e`, and so does the guide's site. With :math:`r = N(0, I)` as the target of
+    :math:`e` the ELBO stays a lower bound, importance weights a consistent estimate of the evidence:
 
     .. math:: E_q\bigl[\log p(u, y) + \log r(e) - \log q(u, e)\bigr] \le E_q\bigl[\log p(u, y) - \log q(u)\bigr]
               \le \log p(y).
 
-    The first gap is :math:`KL(q(e \mid u) \,\|\, r(e))`; prefer ``flow=partial(equivariant_flow, kind="residual")``,
-    or ``"implicit"``, which take any latent, where the exact :math:`\log q(u)` or the tightest bound is worth dearer
-    steps. :meth:`get_posterior` is then an :class:`~pyro_equiflow.AugmentedDistribution`; ``NeuTraReparam`` needs the
-    auxiliary values as a normal site of the model instead.
+    The first gap is the mean of :math:`KL(q(e \mid u) \,\|\, r(e))`. :meth:`get_posterior` is then an
+    :class:`~pyro_equiflow.AugmentedDistribution`, and ``NeuTraReparam`` needs the auxiliary values as a normal site of
+    the model instead. Where :math:`\log q(u)` itself is asked for, prefer a flow of ``kind="residual"`` or
+    ``"implicit"``, which takes any latent at dearer steps.
 
     On its first call the guide runs the model, checks the declared symmetry against the model's log joint
     (:func:`check_model_invariance`) and builds the flow; parameters exist from then on. To load a ``state_dict`` into
