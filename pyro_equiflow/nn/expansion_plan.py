@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ from escnn.group import Representation
 from torch import Tensor
 
 from pyro_equiflow.nn.gather import block_gather, is_disjoint
+from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.events import split
 
-__all__ = ["ExpansionPlan"]
+__all__ = ["ExpansionPlan", "JointExpansion"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ExpansionPlan:
         self.num_weights = 0
         std = [np.zeros(0)]
         for out_rep, (out_index, out_starts) in out_fields.items():
-            bases = {rep: pair_basis(rep, out_rep) for rep in in_fields}
+            bases = {rep: _sparse(pair_basis(rep, out_rep)) for rep in in_fields}
             seen = {rep: mask[np.ix_(out_index, index)] for rep, (index, _) in in_fields.items()}
             # With weights of variance 1 over the basis elements' squared norms, a field's output variance is the
             # number of weights that it sums.
@@ -133,6 +135,66 @@ class ExpansionPlan:
             blocks.append(part.view(len(part) * math.prod(pair.basis.shape[1:3]), -1))
         zero = blocks[0].new_zeros(1, blocks[0].shape[-1])
         return torch.cat([*blocks, zero]).index_select(0, constants["order"]).view(self.shape)
+
+
+def _sparse(basis: np.ndarray) -> np.ndarray:
+    """The basis with zeros for what is zero but for rounding: cos(pi/2) must not make a sparse basis a dense one."""
+    return np.where(np.abs(basis) < 1e-14 * np.abs(basis).max(initial=0.0), 0.0, basis)
+
+
+class JointExpansion:
+    """Filters and biases of several layers from one vector of weights and one of biases.
+
+    An optimizer's cost, and that of an expansion, goes by the number of tensors: where the bases allow it, one gather
+    and one product serve all filters, and one more all biases.
+
+    :param plans: the layers' plans.
+    :param invariants: the bases of the invariant subspaces of their outputs, ``(channels, number)``.
+    """
+
+    def __init__(self, plans: Sequence[ExpansionPlan], invariants: Sequence[np.ndarray]) -> None:
+        self._plans = plans
+        self._weights = [plan.num_weights for plan in plans]
+        self._entries = [math.prod(plan.shape) for plan in plans]
+        self._channels = [len(basis) for basis in invariants]
+        arrays = [plan.arrays() for plan in plans]
+        self._joint = all(plan.disjoint for plan in plans) and sum(self._weights) > 0
+        if self._joint:
+            # A layer without weights reads some number, times zero.
+            starts = np.minimum(np.cumsum([0, *self._weights[:-1]]), sum(self._weights) - 1)
+            index = [
+                start + (np.arange(plan.num_weights) if found["index"] is None else found["index"])
+                for plan, start, found in zip(plans, starts, arrays)
+            ]
+            factor = np.concatenate([found["factor"].ravel() for found in arrays])
+            self._constants = [Constants(index=np.concatenate(index), factor=factor)]
+        else:
+            self._constants = [Constants(**found) for found in arrays]
+        self._bias_constants = Constants(**_bias_arrays(invariants))
+
+    def filters(self, weight: Tensor) -> list[Tensor]:
+        """The filters ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
+        if not self._joint:
+            parts = split(weight, self._weights)
+            return [plan.expand(w, c.like(w)) for plan, w, c in zip(self._plans, parts, self._constants)]
+        constants = self._constants[0].like(weight)
+        filters = split(weight.index_select(0, constants["index"]) * constants["factor"], self._entries)
+        return [f.view(plan.shape) for f, plan in zip(filters, self._plans)]
+
+    def biases(self, bias: Tensor) -> list[Tensor]:
+        """The biases of all output channels, differentiable in ``bias``."""
+        constants = self._bias_constants.like(bias)
+        if constants["matrix"] is None:
+            return split(bias.index_select(0, constants["index"]) * constants["factor"], self._channels)
+        return split(constants["matrix"] @ bias, self._channels)
+
+
+def _bias_arrays(invariants: Sequence[np.ndarray]) -> dict[str, np.ndarray | None]:
+    """What takes free biases to all channels: a gather, if no channel hangs on two of them, else a matrix."""
+    matrix = torch.block_diag(*[torch.tensor(basis, device="cpu") for basis in invariants]).numpy()
+    if ((matrix != 0).sum(axis=1) > 1).any():
+        return {"matrix": matrix}
+    return {"matrix": None, "index": (matrix != 0).argmax(axis=1), "factor": matrix.sum(axis=1)}
 
 
 def _fields_by_representation(field_type: enn.FieldType) -> dict[Representation, tuple[np.ndarray, np.ndarray]]:

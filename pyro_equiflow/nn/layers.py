@@ -31,6 +31,8 @@ class _BasisLayer(SteerableModule):
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
+    plan: ExpansionPlan
+    invariants: np.ndarray
 
     def __init__(
         self, in_type: enn.FieldType, out_type: enn.FieldType, bias: bool, mask: np.ndarray | None = None
@@ -38,7 +40,7 @@ class _BasisLayer(SteerableModule):
         super().__init__(in_type, out_type)
         self.mask = mask if mask is None else _checked_mask(mask, in_type, out_type)
         invariants = self._build()
-        self.weight = torch.nn.Parameter(torch.zeros(self._plan.num_weights, dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.zeros(self.plan.num_weights, dtype=torch.float32))
         if bias and invariants:
             self.bias = torch.nn.Parameter(torch.zeros(invariants, dtype=torch.float32))
         else:
@@ -57,13 +59,14 @@ class _BasisLayer(SteerableModule):
         bases = [torch.tensor(invariant_basis(r), device="cpu") for r in self.out_type.representations]
         invariants = torch.block_diag(*bases).numpy()
         types = (self.in_type, self.out_type)
-        self._plan = ExpansionPlan(*types, self._pair_basis, self._kernel_shape(), self.mask)
-        self._constants = Constants(invariants=invariants, **self._plan.arrays())
+        self.plan = ExpansionPlan(*types, self._pair_basis, self._kernel_shape(), self.mask)
+        self.invariants = invariants
+        self._constants = Constants(invariants=invariants, **self.plan.arrays())
         return int(invariants.shape[1])
 
     def __getstate__(self) -> dict[str, Any]:
         # Bases can be large and follow from the types: a saved layer is its types and its parameters.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plan", "_constants")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("plan", "invariants", "_constants")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -72,19 +75,36 @@ class _BasisLayer(SteerableModule):
     @torch.no_grad()
     def reset_parameters(self, gain: float = 1.0) -> None:
         """He's initialisation on the filter: channels of unit variance keep ``gain`` squared of it; bias 0."""
-        self.weight.normal_().mul_(torch.as_tensor(gain * self._plan.init_std, dtype=self.weight.dtype))
+        self.weight.normal_().mul_(torch.as_tensor(gain * self.plan.init_std, dtype=self.weight.dtype))
         if self.bias is not None:
             self.bias.zero_()
 
     def filter(self) -> Tensor:
         """The expanded filter ``(out_type.size, in_type.size, *kernel_shape)``."""
-        return self._plan.expand(self.weight, self._constants.like(self.weight))
+        return self.plan.expand(self.weight, self._constants.like(self.weight))
 
     def expanded_bias(self) -> Tensor | None:
         """The bias of every output channel, in the invariant subspace of ``out_type``."""
         if self.bias is None:
             return None
         return self._constants.like(self.bias)["invariants"] @ self.bias
+
+    def expanded(self) -> Expanded:
+        """The map by the expanded filter and bias."""
+        return self.with_filter(self.filter(), self.expanded_bias())
+
+    def with_filter(self, weight: Tensor, bias: Tensor | None) -> Expanded:
+        """The map by a filter and a bias that somebody else has expanded."""
+        raise NotImplementedError
+
+    def give_parameters(self) -> tuple[Tensor, Tensor]:
+        """Takes the parameters off this layer: from now on it maps by :meth:`with_filter` alone.
+
+        :return: the weights, and the biases, of length 0 where there are none.
+        """
+        weight, bias = self.weight.detach(), self.bias
+        self.weight = self.bias = None  # type: ignore[assignment]
+        return weight, weight.new_zeros(0) if bias is None else bias.detach()
 
 
 class SteerableLinear(_BasisLayer):
@@ -117,14 +137,13 @@ class SteerableLinear(_BasisLayer):
     def _kernel_shape(self) -> tuple[int, ...]:
         return ()
 
-    def expanded(self) -> Expanded:
-        """``x @ filter.T + bias``, in the memory layout that suits what works on the result.
+    def with_filter(self, weight: Tensor, bias: Tensor | None) -> Expanded:
+        """``x @ weight.T + bias``, in the memory layout that suits what works on the result.
 
         Field-wise maps want channels outermost; pointwise ones, between permutation fields, do not care, and rows of
         samples save copies where Jacobians are taken.
         """
-        bias = self.expanded_bias()
-        tensors = (self.filter(),) if bias is None else (self.filter(), bias)
+        tensors = (weight,) if bias is None else (weight, bias)
         return Expanded(_ROWS if self._rows else _CHANNELS_OUTERMOST, tensors)
 
 
@@ -183,8 +202,8 @@ class SteerableConv(_BasisLayer):
     def _kernel_shape(self) -> tuple[int, ...]:
         return int(self.in_type.gspace.dimensionality) * (self.kernel_size,)
 
-    def expanded(self) -> Expanded:
-        """A convolution with the expanded kernel."""
+    def with_filter(self, weight: Tensor, bias: Tensor | None) -> Expanded:
+        """A convolution with the kernel ``weight``."""
         dimensions, pad = len(self._kernel_shape()), self.kernel_size // 2
         convolve, transposed = (F.conv2d, F.conv_transpose2d) if dimensions == 2 else (F.conv3d, F.conv_transpose3d)
         circular = self.padding_mode == "circular" and pad > 0
@@ -203,8 +222,7 @@ class SteerableConv(_BasisLayer):
 
             return pull
 
-        bias = self.expanded_bias()
-        return Expanded(WithPullback(fn, pullback), (self.filter(),) if bias is None else (self.filter(), bias))
+        return Expanded(WithPullback(fn, pullback), (weight,) if bias is None else (weight, bias))
 
 
 def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:

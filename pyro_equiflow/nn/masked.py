@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from escnn import nn as enn
 from escnn.group import Representation
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
+from pyro_equiflow.nn.expansion_plan import JointExpansion
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.nn.networks import check_network, hidden_layer
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
@@ -92,19 +94,45 @@ class MaskedSteerableNet(SteerableModule):
                 return SteerableLinear(a, b, mask=mask)
             return SteerableConv(a, b, kernel_size, padding_mode=padding_mode, mask=mask)
 
-        modules: list[enn.EquivariantModule] = []
+        linears: list[SteerableLinear | SteerableConv] = []
         present, degrees = in_type, self.in_degrees
         for layer, own in zip(hidden, self.hidden_degrees):
-            modules += [linear(present, layer.in_type, np.greater_equal.outer(own, degrees)), layer]
+            linears.append(linear(present, layer.in_type, np.greater_equal.outer(own, degrees)))
             present, degrees = layer.out_type, own
-        last = linear(present, out_type, np.greater.outer(self.out_degrees, degrees))
+        linears.append(linear(present, out_type, np.greater.outer(self.out_degrees, degrees)))
         if zero_init:
-            torch.nn.init.zeros_(last.weight)
-        self.layers = torch.nn.ModuleList([*modules, last])
+            torch.nn.init.zeros_(linears[-1].weight)
+        weights, biases = zip(*(layer.give_parameters() for layer in linears))
+        self.weight, self.bias = torch.nn.Parameter(torch.cat(weights)), torch.nn.Parameter(torch.cat(biases))
+        # Not in the module tree: they have no parameters any more, and a walk over it costs at every call.
+        self._linears, self._hidden = tuple(linears), tuple(hidden)
+        self._build()
+
+    def _build(self) -> None:
+        self._joint = JointExpansion(
+            [layer.plan for layer in self._linears], [layer.invariants for layer in self._linears]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_joint"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._build()
+
+    @property
+    def layers(self) -> list[SteerableModule]:
+        """Linear layers and nonlinearities in turn; the parameters of all are the network's own."""
+        between = [layer for pair in zip(self._linears, self._hidden) for layer in pair]
+        return [*between, self._linears[-1]]
 
     def expanded(self) -> Expanded:
         """The layers one after the other, weights expanded from the present parameters."""
-        return chained([expand(layer) for layer in self.layers])
+        filters = self._joint.filters(self.weight)
+        biases = self._joint.biases(self.bias) if len(self.bias) else len(filters) * [None]
+        linears = [layer.with_filter(*tensors) for layer, *tensors in zip(self._linears, filters, biases)]
+        between = [part for pair in zip(linears, map(expand, self._hidden)) for part in pair]
+        return chained([*between, linears[-1]])
 
     def _spread(self, hidden: Sequence[PointwiseNonLinearity | FieldGates]) -> list[list[int]]:
         """Degrees of every hidden field."""

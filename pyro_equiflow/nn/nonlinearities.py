@@ -16,6 +16,7 @@ from escnn.gspaces import GSpace
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
+from pyro_equiflow.nn.gated import Gates
 from pyro_equiflow.nn.silu import silu, silu_slope
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import is_permutation
@@ -178,6 +179,9 @@ class GatedNonLinearity(FieldGates):
     :raises ValueError: no irreps.
     """
 
-    def invariants(self, s: Tensor, u: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scalars through silu, lengths, and sigmoids of the gates."""
-        return F.silu(s), squares.add(1.0).sqrt(), torch.sigmoid(u)
+    def expanded(self) -> Expanded:
+        """The map above."""
+        if self.in_type.gspace.dimensionality > 0:
+            return Expanded(Gates(self.scalars, self.runs, 1), ())
+        gates = Gates(self.scalars, self.runs, 0)  # channels outermost, as in FieldGates
+        return Expanded(lambda x: gates(x.mT).mT, ())
