@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TIMINGS = ("coupling_step.py", "lipschitz_bound.py", "residual_step.py")
+TIMINGS = ("coupling_step.py", "iaf_step.py", "lipschitz_bound.py", "residual_step.py")
 EXPERIMENTS = ("checkerboard.py", "symmetric_toys.py", "ring.py", "amortized.py")
 
 

@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """The wall-clock seconds of one call."""
-    start = time.perf_counter()
+def seconds(step: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The seconds of one call, wall-clock or by another clock."""
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+def ratio(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float, float]:
     """Median seconds of both, and the median over rounds of the ratio of neighbouring calls.
 
     Calls take turns, so a drift of the machine's speed cancels in the ratio.
@@ -26,7 +31,7 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int)
     pairs = []
     for index in range(rounds):
         first, second = (ours, theirs) if index % 2 == 0 else (theirs, ours)
-        a, b = seconds(first), seconds(second)
+        a, b = seconds(first, clock), seconds(second, clock)
         pairs.append((a, b) if index % 2 == 0 else (b, a))
     return (
         statistics.median(a for a, _ in pairs),

@@ -157,19 +157,10 @@ class JointExpansion:
         self._weights = [plan.num_weights for plan in plans]
         self._entries = [math.prod(plan.shape) for plan in plans]
         self._channels = [len(basis) for basis in invariants]
-        arrays = [plan.arrays() for plan in plans]
         self._joint = all(plan.disjoint for plan in plans) and sum(self._weights) > 0
-        if self._joint:
-            # A layer without weights reads some number, times zero.
-            starts = np.minimum(np.cumsum([0, *self._weights[:-1]]), sum(self._weights) - 1)
-            index = [
-                start + (np.arange(plan.num_weights) if found["index"] is None else found["index"])
-                for plan, start, found in zip(plans, starts, arrays)
-            ]
-            factor = np.concatenate([found["factor"].ravel() for found in arrays])
-            self._constants = [Constants(index=np.concatenate(index), factor=factor)]
-        else:
-            self._constants = [Constants(**found) for found in arrays]
+        arrays = [plan.arrays() for plan in plans]
+        joined = [_joined(arrays, self._weights)] if self._joint else arrays
+        self._constants = [Constants(**found) for found in joined]
         self._bias_constants = Constants(**_bias_arrays(invariants))
 
     def filters(self, weight: Tensor) -> list[Tensor]:
@@ -181,18 +172,31 @@ class JointExpansion:
         filters = split(weight.index_select(0, constants["index"]) * constants["factor"], self._entries)
         return [f.view(plan.shape) for f, plan in zip(filters, self._plans)]
 
-    def biases(self, bias: Tensor) -> list[Tensor]:
-        """The biases of all output channels, differentiable in ``bias``."""
+    def biases(self, bias: Tensor) -> Sequence[Tensor | None]:
+        """The biases of all output channels, differentiable in ``bias``; ``None`` where no output has invariants."""
+        if not len(bias):
+            return len(self._plans) * [None]
         constants = self._bias_constants.like(bias)
         if constants["matrix"] is None:
             return split(bias.index_select(0, constants["index"]) * constants["factor"], self._channels)
         return split(constants["matrix"] @ bias, self._channels)
 
 
+def _joined(arrays: Sequence[dict[str, Any]], weights: Sequence[int]) -> dict[str, np.ndarray | None]:
+    """The gathers of several filters as one."""
+    index, factor = [], []
+    for found, own, start in zip(arrays, weights, np.cumsum([0, *weights[:-1]])):
+        entries = np.arange(own) if found["index"] is None else found["index"]
+        # A layer without weights reads some number, times zero.
+        index.append(np.minimum(start + entries, sum(weights) - 1))
+        factor.append(found["factor"].ravel())
+    return {"index": np.concatenate(index), "factor": np.concatenate(factor)}
+
+
 def _bias_arrays(invariants: Sequence[np.ndarray]) -> dict[str, np.ndarray | None]:
     """What takes free biases to all channels: a gather, if no channel hangs on two of them, else a matrix."""
     matrix = torch.block_diag(*[torch.tensor(basis, device="cpu") for basis in invariants]).numpy()
-    if ((matrix != 0).sum(axis=1) > 1).any():
+    if not matrix.size or ((matrix != 0).sum(axis=1) > 1).any():
         return {"matrix": matrix}
     return {"matrix": None, "index": (matrix != 0).argmax(axis=1), "factor": matrix.sum(axis=1)}
 

@@ -128,9 +128,8 @@ class MaskedSteerableNet(SteerableModule):
 
     def expanded(self) -> Expanded:
         """The layers one after the other, weights expanded from the present parameters."""
-        filters = self._joint.filters(self.weight)
-        biases = self._joint.biases(self.bias) if len(self.bias) else len(filters) * [None]
-        linears = [layer.with_filter(*tensors) for layer, *tensors in zip(self._linears, filters, biases)]
+        expanded = zip(self._linears, self._joint.filters(self.weight), self._joint.biases(self.bias))
+        linears = [layer.with_filter(weight, bias) for layer, weight, bias in expanded]
         between = [part for pair in zip(linears, map(expand, self._hidden)) for part in pair]
         return chained([*between, linears[-1]])
 
