@@ -59,6 +59,8 @@ class MaskedSteerableNet(SteerableModule):
     :param padding_mode: ``"zeros"`` or ``"circular"``; grids only.
     :param zero_init: whether the last layer starts at zero.
     :ivar hidden_degrees: for each hidden layer a degree for each of its fields.
+    :ivar weight: the free weights of all layers, one after the other.
+    :ivar bias: the free biases of all layers.
     :raises ValueError: unlike gspaces, not one degree a field, a size that is not positive, an unknown nonlinearity.
 
     References: Germain, Gregor, Murray and Larochelle, *MADE: Masked Autoencoder for Distribution Estimation* (arXiv
