@@ -134,16 +134,16 @@ def test_direct_sums_with_a_change_of_basis():
 class _ChannelScales(pe.EquivariantCoupling):
     """Planted fault: the first channel's value as a scale for all, instead of an invariant."""
 
-    def _scale_and_shift(self, x_a):
-        scale, shift = super()._scale_and_shift(x_a)
+    def _map_parameters(self, x_a):
+        scale, shift = super()._map_parameters(x_a)
         return scale + 0.1 * x_a.narrow(-self.event_dim, 0, 1), shift
 
 
 class _SpreadScales(pe.EquivariantCoupling):
     """Planted fault: an invariant of the whole image, spread over positions by a map that is not steerable."""
 
-    def _scale_and_shift(self, x_a):
-        scale, shift = super()._scale_and_shift(x_a)
+    def _map_parameters(self, x_a):
+        scale, shift = super()._map_parameters(x_a)
         side = x_a.shape[-1]
         total = x_a.square().sum((-3, -2, -1), keepdim=True)
         return scale + 0.01 * total * torch.arange(side * side).view(side, side).to(x_a), shift
@@ -183,7 +183,7 @@ def test_a_split_inside_an_irrep_is_caught(monkeypatch):
     trivial = kind.gspace.trivial_repr
 
     def wrong_layout(field_type, *args, **kwargs):
-        return BlockLayout(4 * [Block((trivial,), (trivial,), (1,))], None, 0)
+        return BlockLayout(4 * [Block((trivial,))], None, 0)
 
     monkeypatch.setattr("pyro_equiflow.transforms.coupling.block_layout", wrong_layout)
     transform = randomize(pe.equivariant_coupling(kind, split=[0], **SMALL))

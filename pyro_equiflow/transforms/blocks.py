@@ -22,14 +22,22 @@ class Block:
     """An invariant subspace of the event, a run of channels of the layout.
 
     :ivar fields: its representations: one permutation field, or irreps.
-    :ivar scales: the representations of the scale fields that commute with the block: the block's own for a
-        permutation field (a scale a channel), else a trivial field for each of its irreps.
-    :ivar repeats: how many channels each scale channel stands for.
     """
 
     fields: tuple[Representation, ...]
-    scales: tuple[Representation, ...]
-    repeats: tuple[int, ...]
+
+    @property
+    def scales(self) -> tuple[Representation, ...]:
+        """The fields whose values act on the block's: its own for a permutation field, else a trivial one an irrep."""
+        return tuple(
+            field if field.size > 1 and is_permutation(field) else field.group.trivial_representation
+            for field in self.fields
+        )
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """How many channels each channel of the scales stands for."""
+        return tuple(r for f in self.fields for r in (f.size * (1,) if is_permutation(f) else (f.size,)))
 
 
 class BlockLayout:
@@ -87,8 +95,7 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str) -> Blo
         split_by = "fields" if len(field_type.representations) > 1 else "irreps"
     decomposition = IrrepDecomposition(field_type)
     if split_by == "irreps":
-        trivial = field_type.gspace.trivial_repr
-        blocks = [Block((b.irrep,), (trivial,), (b.size,)) for b in decomposition.blocks]
+        blocks = [Block((b.irrep,)) for b in decomposition.blocks]
         basis = None if decomposition.is_identity else decomposition.change_of_basis
         layout = BlockLayout(blocks, basis, int(field_type.gspace.dimensionality))
     else:
@@ -104,14 +111,13 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str) -> Blo
 
 
 def _fields_layout(field_type: FieldType, decomposition: IrrepDecomposition) -> BlockLayout:
-    trivial = field_type.gspace.trivial_repr
     blocks, identity = [], True
     basis = np.eye(field_type.size)
     start = 0
     for index, rep in enumerate(field_type.representations):
         stop = start + rep.size
         if is_permutation(rep):
-            blocks.append(Block((rep,), (rep,), rep.size * (1,)))
+            blocks.append(Block((rep,)))
         else:
             # Scales commute with this field in the basis of its irreps, so it is carried there.
             irreps = [b for b in decomposition.blocks if b.field == index]
@@ -119,7 +125,6 @@ def _fields_layout(field_type: FieldType, decomposition: IrrepDecomposition) -> 
             if np.abs(columns - np.eye(rep.size)).max() > 1e-12:
                 basis[start:stop, start:stop] = columns
                 identity = False
-            fields = tuple(b.irrep for b in irreps)
-            blocks.append(Block(fields, len(irreps) * (trivial,), tuple(b.size for b in irreps)))
+            blocks.append(Block(tuple(b.irrep for b in irreps)))
         start = stop
     return BlockLayout(blocks, None if identity else basis, int(field_type.gspace.dimensionality))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equivariant affine coupling."""
+"""Equivariant coupling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.transforms.affine import BlockAffine, check_log_scale_bound
 from pyro_equiflow.transforms.blocks import block_layout
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
     ConditionalEquivariantTransform,
     with_context_fields,
 )
+from pyro_equiflow.transforms.transformer import Transformer
 
 __all__ = [
     "ConditionalEquivariantCoupling",
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class EquivariantCoupling(ConditionableTransform):
-    r"""Affine coupling that commutes with a symmetry group.
+    r"""Coupling that commutes with a symmetry group.
 
     The event is split into invariant subspaces :math:`x = (x_a, x_b)`, never inside an irrep, and
 
@@ -41,7 +41,14 @@ class EquivariantCoupling(ConditionableTransform):
 
     where :math:`s` commutes with the group: for a field whose channels the group permutes, a field of the same type
     acting pointwise; for any other, one invariant scalar an irrep. On grids both are fields over positions. The
-    scale is bounded smoothly on both sides, :math:`|s| \le` ``log_scale_bound``.
+    scale is bounded smoothly on both sides, :math:`|s| \le` ``log_scale_bound``. That is the map of
+    ``transformer="affine"``; two others, each of which holds the one before, have more parameters :math:`\phi` for the
+    conditioner to give, :math:`y_b = \tau(x_b; \phi(x_a))`:
+
+    - ``"commutant"``: :math:`y_b = \exp(s) \exp(\theta J)\, x_b + t`, a rotation inside each irrep of complex type
+      (:class:`~pyro_equiflow.transforms.affine.BlockCommutant`);
+    - ``"spline"``: before that a monotone rational-quadratic spline, of every channel of permutation fields, along the
+      radius of other irreps (:class:`~pyro_equiflow.transforms.spline.BlockSpline`).
 
     Log-det exact, inverse closed: one pass of the conditioner in either direction.
 
@@ -64,13 +71,18 @@ class EquivariantCoupling(ConditionableTransform):
     :param split: indices of the blocks that condition, :math:`x_a`; by default the first half of the channels, whole
         blocks.
     :param split_by: blocks are ``"fields"`` or ``"irreps"``; ``None`` takes fields if there are two or more.
+    :param transformer: the map of :math:`x_b`: ``"affine"``, ``"commutant"`` or ``"spline"``.
     :param log_scale_bound: the largest :math:`|s|`; positive.
+    :param spline_bound: channels and radii beyond it pass splines unchanged; positive.
+    :param num_bins: bins of each spline.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantCoupling`).
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
-    :raises ValueError: a type that cannot be split, a wrong split, a conditioner of wrong types.
+    :raises ValueError: a type that cannot be split, a wrong split, a conditioner of wrong types, an unknown
+        transformer, a bound or a number of bins out of range.
 
     References: Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649), G-coupling;
-    Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), eq. 7 and 8.
+    Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), eq. 7 and 8; Durkan et al.,
+    *Neural Spline Flows* (arXiv 1906.04032).
     """
 
     def __init__(
@@ -80,17 +92,20 @@ class EquivariantCoupling(ConditionableTransform):
         *,
         split: Sequence[int] | None = None,
         split_by: str | None = None,
+        transformer: str = "affine",
         log_scale_bound: float = 3.0,
+        spline_bound: float = 5.0,
+        num_bins: int = 8,
         context_type: enn.FieldType | None = None,
         cache_size: int = 1,
     ) -> None:
-        bound = check_log_scale_bound(log_scale_bound)
-        parts = _Split(field_type, split, split_by)
+        chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+        parts = _Split(field_type, split, split_by, chosen)
         in_type, out_type = parts.conditioner_types(context_type)
         network = Conditioner(conditioner, in_type, out_type)
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self.log_scale_bound = bound
+        self.transformer = chosen.kind
         self._parts = parts
 
     @staticmethod
@@ -99,36 +114,40 @@ class EquivariantCoupling(ConditionableTransform):
         *,
         split: Sequence[int] | None = None,
         split_by: str | None = None,
+        transformer: str = "affine",
+        num_bins: int = 8,
         context_type: enn.FieldType | None = None,
     ) -> tuple[enn.FieldType, enn.FieldType]:
         """The field types between which the conditioner maps.
 
-        :return: the type of :math:`x_a` (and of the context), and that of the scales followed by :math:`t`.
+        :return: the type of :math:`x_a` (and of the context), and that of the map's parameters: for ``"affine"`` the
+            scales followed by :math:`t`.
         """
-        return _Split(field_type, split, split_by).conditioner_types(context_type)
+        chosen = Transformer(transformer, num_bins=num_bins)
+        return _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
 
-    def _scale_and_shift(self, x_a: Tensor) -> tuple[Tensor, Tensor]:
-        affine, dim = self._parts.affine, -self.event_dim
+    def _map_parameters(self, x_a: Tensor) -> list[Tensor]:
         x_a, context = self._with_context(x_a)
-        out = self.conditioner(x_a if context is None else torch.cat([x_a, context], dim))
-        raw, shift = out.split([affine.num_scales, affine.num_channels], dim)
-        return raw, shift
+        out = self.conditioner(x_a if context is None else torch.cat([x_a, context], -self.event_dim))
+        return self._parts.map.parameters(out)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x_a, x_b = self._parts.take_apart(x)
-        y_b, ladj = self._parts.affine.forward(x_b, *self._scale_and_shift(x_a), self.log_scale_bound)
+        y_b, ladj = self._parts.map.forward(x_b, self._map_parameters(x_a))
         return self._parts.put_together(x_a, y_b), ladj
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         y_a, y_b = self._parts.take_apart(y)
-        x_b, ladj = self._parts.affine.inverse(y_b, *self._scale_and_shift(y_a), self.log_scale_bound)
+        x_b, ladj = self._parts.map.inverse(y_b, self._map_parameters(y_a))
         return self._parts.put_together(y_a, x_b), ladj
 
 
 class _Split:
-    """The two halves of an event: which channels condition, which are transformed."""
+    """The two halves of an event: which channels condition, which are transformed, and by which map."""
 
-    def __init__(self, field_type: enn.FieldType, split: Sequence[int] | None, split_by: str | None) -> None:
+    def __init__(
+        self, field_type: enn.FieldType, split: Sequence[int] | None, split_by: str | None, transformer: Transformer
+    ) -> None:
         validate_field_type(field_type)
         self.field_type = field_type
         layout = block_layout(field_type, split_by, "EquivariantCoupling")
@@ -136,7 +155,7 @@ class _Split:
         self.moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
         self.layout = layout
         self.spatial_dims = layout.spatial_dims
-        self.affine = BlockAffine([layout.blocks[i] for i in self.moved], self.spatial_dims)
+        self.map = transformer.of([layout.blocks[i] for i in self.moved], self.spatial_dims)
         a, b = layout.channels(self.kept), layout.channels(self.moved)
         self.order = np.concatenate([a, b])
         in_order = bool((self.order == np.arange(len(self.order))).all())
@@ -149,7 +168,7 @@ class _Split:
         gspace = self.field_type.gspace
         fields = [field for i in self.kept for field in self.layout.blocks[i].fields]
         in_type = with_context_fields(enn.FieldType(gspace, fields), context_type)
-        return in_type, enn.FieldType(gspace, [*self.affine.scale_fields, *self.affine.shift_fields])
+        return in_type, enn.FieldType(gspace, self.map.parameter_fields)
 
     def take_apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dim, (size_a, size_b) = -1 - self.spatial_dims, self.sizes
@@ -182,7 +201,7 @@ def _checked(split: Sequence[int], count: int) -> list[int]:
 
 
 class ConditionalEquivariantCoupling(ConditionalEquivariantTransform):
-    r"""Equivariant affine coupling given a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
+    r"""Equivariant coupling given a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
 
     As :class:`EquivariantCoupling`, with the context joined to :math:`x_a` in front of the conditioner.
 
@@ -211,7 +230,10 @@ def equivariant_coupling(
     hidden_dims: Sequence[int] = (64, 64),
     split: Sequence[int] | None = None,
     split_by: str | None = None,
+    transformer: str = "affine",
     log_scale_bound: float = 3.0,
+    spline_bound: float = 5.0,
+    num_bins: int = 8,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> EquivariantCoupling:
@@ -221,13 +243,17 @@ def equivariant_coupling(
     :param hidden_dims: channels of the conditioner's hidden layers.
     :param split: see :class:`EquivariantCoupling`.
     :param split_by: see :class:`EquivariantCoupling`.
+    :param transformer: see :class:`EquivariantCoupling`.
     :param log_scale_bound: see :class:`EquivariantCoupling`.
+    :param spline_bound: see :class:`EquivariantCoupling`.
+    :param num_bins: see :class:`EquivariantCoupling`.
     :param identity_init: whether the transform starts as the identity.
     :param net_kwargs: further keywords of :func:`~pyro_equiflow.nn.steerable_net`.
     """
-    in_type, out_type = EquivariantCoupling.conditioner_types(field_type, split=split, split_by=split_by)
-    net = steerable_net(in_type, out_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return EquivariantCoupling(field_type, net, split=split, split_by=split_by, log_scale_bound=log_scale_bound)
+    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    types = _Split(field_type, split, split_by, chosen).conditioner_types(None)
+    net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    return EquivariantCoupling(field_type, net, split=split, split_by=split_by, **chosen.keywords())
 
 
 def conditional_equivariant_coupling(
@@ -237,7 +263,10 @@ def conditional_equivariant_coupling(
     hidden_dims: Sequence[int] = (64, 64),
     split: Sequence[int] | None = None,
     split_by: str | None = None,
+    transformer: str = "affine",
     log_scale_bound: float = 3.0,
+    spline_bound: float = 5.0,
+    num_bins: int = 8,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> ConditionalEquivariantCoupling:
@@ -246,10 +275,9 @@ def conditional_equivariant_coupling(
     :param context_type: how the group acts on the context; the other parameters are those of
         :func:`equivariant_coupling`.
     """
-    in_type, out_type = EquivariantCoupling.conditioner_types(
-        field_type, split=split, split_by=split_by, context_type=context_type
-    )
-    net = steerable_net(in_type, out_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
+    net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
     return ConditionalEquivariantCoupling(
-        field_type, context_type, net, split=split, split_by=split_by, log_scale_bound=log_scale_bound
+        field_type, context_type, net, split=split, split_by=split_by, **chosen.keywords()
     )

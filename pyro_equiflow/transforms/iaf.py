@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equivariant inverse autoregressive flow with affine steps."""
+"""Equivariant inverse autoregressive flow."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pyro_equiflow.nn import MaskedSteerableNet
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.transforms.affine import BlockAffine, check_log_scale_bound
 from pyro_equiflow.transforms.blocks import block_layout
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
     ConditionalEquivariantTransform,
     with_context_fields,
 )
+from pyro_equiflow.transforms.transformer import Transformer
 
 __all__ = [
     "ConditionalEquivariantIAF",
@@ -42,6 +42,8 @@ class EquivariantIAF(ConditionableTransform):
     acting pointwise; for any other, one invariant scalar an irrep. On grids both are fields over positions. The scale
     is bounded smoothly on both sides, :math:`|s| \le` ``log_scale_bound``. One masked network
     (:class:`~pyro_equiflow.nn.MaskedSteerableNet`) gives all :math:`s_i, t_i`, so the Jacobian is block triangular.
+    Other maps of the blocks than this affine one are those of :class:`~pyro_equiflow.EquivariantCoupling`, by
+    ``transformer``.
 
     Log-det exact; one pass of the network. Inverse closed form, one block after the other: a pass a block, with weights
     expanded once, and as many to differentiate it. For density estimation ``Inverse(EquivariantIAF(...))`` is the
@@ -69,11 +71,16 @@ class EquivariantIAF(ConditionableTransform):
         not be told.
     :param order: a permutation of the blocks: which comes first, second, and so on; by default as they stand.
     :param split_by: blocks are ``"fields"`` or ``"irreps"``; ``None`` takes fields if there are two or more.
+    :param transformer: the map of each block, ``"affine"``, ``"commutant"`` or ``"spline"``: see
+        :class:`~pyro_equiflow.EquivariantCoupling`.
     :param log_scale_bound: the largest :math:`|s|`; positive.
+    :param spline_bound: channels and radii beyond it pass splines unchanged; positive.
+    :param num_bins: bins of each spline.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantIAF`).
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises TypeError: a conditioner that is not a masked network.
-    :raises ValueError: a type of one block, an order that is no permutation, a conditioner of wrong types or degrees.
+    :raises ValueError: a type of one block, an order that is no permutation, a conditioner of wrong types or degrees,
+        an unknown transformer, a bound or a number of bins out of range.
 
     References: Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649); Kingma et al.,
     *Improving Variational Inference with Inverse Autoregressive Flow* (arXiv 1606.04934), section 3; Papamakarios,
@@ -87,12 +94,15 @@ class EquivariantIAF(ConditionableTransform):
         *,
         order: Sequence[int] | None = None,
         split_by: str | None = None,
+        transformer: str = "affine",
         log_scale_bound: float = 3.0,
+        spline_bound: float = 5.0,
+        num_bins: int = 8,
         context_type: enn.FieldType | None = None,
         cache_size: int = 1,
     ) -> None:
-        bound = check_log_scale_bound(log_scale_bound)
-        parts = _Ordered(field_type, order, split_by)
+        chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+        parts = _Ordered(field_type, order, split_by, chosen)
         if not isinstance(conditioner, MaskedSteerableNet):
             raise TypeError(
                 f"conditioner: expected a pyro_equiflow.nn.MaskedSteerableNet, found {type(conditioner).__name__}; an "
@@ -105,7 +115,7 @@ class EquivariantIAF(ConditionableTransform):
                 raise ValueError(f"conditioner: expected {name} {expected}, found {found}; see conditioner_degrees")
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self.log_scale_bound = bound
+        self.transformer = chosen.kind
         self._parts = parts
 
     @property
@@ -115,13 +125,20 @@ class EquivariantIAF(ConditionableTransform):
 
     @staticmethod
     def conditioner_types(
-        field_type: enn.FieldType, *, split_by: str | None = None, context_type: enn.FieldType | None = None
+        field_type: enn.FieldType,
+        *,
+        split_by: str | None = None,
+        transformer: str = "affine",
+        num_bins: int = 8,
+        context_type: enn.FieldType | None = None,
     ) -> tuple[enn.FieldType, enn.FieldType]:
         """The field types between which the conditioner maps.
 
-        :return: the type of the event's blocks (and of the context), and that of the scales followed by the shifts.
+        :return: the type of the event's blocks (and of the context), and that of the map's parameters: for ``"affine"``
+            the scales followed by the shifts.
         """
-        return _Ordered(field_type, None, split_by).conditioner_types(context_type)
+        chosen = Transformer(transformer, num_bins=num_bins)
+        return _Ordered(field_type, None, split_by, chosen).conditioner_types(context_type)
 
     @staticmethod
     def conditioner_degrees(
@@ -129,21 +146,23 @@ class EquivariantIAF(ConditionableTransform):
         *,
         order: Sequence[int] | None = None,
         split_by: str | None = None,
+        transformer: str = "affine",
+        num_bins: int = 8,
         context_type: enn.FieldType | None = None,
     ) -> tuple[list[int], list[int]]:
         """The degrees of all fields of :meth:`conditioner_types`.
 
         :return: for input and output a block's place in the order, from 1; 0 for a context.
         """
-        return _Ordered(field_type, order, split_by).conditioner_degrees(context_type)
+        chosen = Transformer(transformer, num_bins=num_bins)
+        return _Ordered(field_type, order, split_by, chosen).conditioner_degrees(context_type)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parts, dim = self._parts, -self.event_dim
         x, context = self._with_context(x)
         z = parts.layout.coordinates(x)
         out = self.conditioner(z if context is None else torch.cat([z, context], dim))
-        raw, shift = out.split([parts.affine.num_scales, parts.affine.num_channels], dim)
-        z, ladj = parts.affine.forward(z, raw, shift, self.log_scale_bound)
+        z, ladj = parts.map.forward(z, parts.map.parameters(out))
         return parts.layout.event(z), ladj
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,42 +175,41 @@ class EquivariantIAF(ConditionableTransform):
         ladj = y.new_zeros(y.shape[:dim])
         for index in parts.order:
             out = network(cat_channels(found if context is None else [*found, context], spatial_dims))
-            block, heads = parts.affines[index], parts.heads[index]
-            raw, shift = out.narrow(dim, heads[0], block.num_scales), out.narrow(dim, heads[1], block.num_channels)
-            found[index], part = block.inverse(targets[index], raw, shift, self.log_scale_bound)
+            own = parts.map.of_block(parts.map.parameters(out), index)
+            found[index], part = parts.maps[index].inverse(targets[index], own)
             ladj = ladj + part
         return parts.layout.event(cat_channels(found, spatial_dims)), ladj
 
 
 class _Ordered:
-    """The blocks of an event, their order, and where the network's output holds their scales and shifts."""
+    """The blocks of an event, their order, and their maps, all together and one by one."""
 
-    def __init__(self, field_type: enn.FieldType, order: Sequence[int] | None, split_by: str | None) -> None:
+    def __init__(
+        self, field_type: enn.FieldType, order: Sequence[int] | None, split_by: str | None, transformer: Transformer
+    ) -> None:
         validate_field_type(field_type)
         self.field_type = field_type
         self.layout = block_layout(field_type, split_by, "EquivariantIAF")
         blocks, spatial_dims = self.layout.blocks, self.layout.spatial_dims
         self.order = _checked(order, len(blocks))
-        self.affine = BlockAffine(blocks, spatial_dims)
-        self.affines = [BlockAffine([block], spatial_dims) for block in blocks]
-        #: The first channels of each block's scales and of its shifts.
-        self.heads = []
-        scale, shift = 0, self.affine.num_scales
-        for affine in self.affines:
-            self.heads.append((scale, shift))
-            scale, shift = scale + affine.num_scales, shift + affine.num_channels
+        self.map = transformer.of(blocks, spatial_dims)
+        self.maps = [transformer.of([block], spatial_dims) for block in blocks]
 
     def conditioner_types(self, context_type: enn.FieldType | None) -> tuple[enn.FieldType, enn.FieldType]:
-        gspace, affine = self.field_type.gspace, self.affine
-        in_type = with_context_fields(enn.FieldType(gspace, affine.shift_fields), context_type)
-        return in_type, enn.FieldType(gspace, [*affine.scale_fields, *affine.shift_fields])
+        gspace = self.field_type.gspace
+        fields = [field for block in self.layout.blocks for field in block.fields]
+        in_type = with_context_fields(enn.FieldType(gspace, fields), context_type)
+        return in_type, enn.FieldType(gspace, self.map.parameter_fields)
 
     def conditioner_degrees(self, context_type: enn.FieldType | None) -> tuple[list[int], list[int]]:
-        blocks = self.layout.blocks
-        fields = [1 + self.order.index(i) for i, block in enumerate(blocks) for _ in block.fields]
-        scales = [1 + self.order.index(i) for i, block in enumerate(blocks) for _ in block.scales]
+        places = [1 + self.order.index(i) for i in range(len(self.order))]
+        fields = [place for place, block in zip(places, self.layout.blocks) for _ in block.fields]
         context = [] if context_type is None else len(context_type.representations) * [0]
-        return [*fields, *context], [*scales, *fields]
+        return [*fields, *context], [places[i] for i in self.map.parameter_blocks]
+
+    def network(self, context_type: enn.FieldType | None, **kwargs: Any) -> MaskedSteerableNet:
+        types, degrees = self.conditioner_types(context_type), self.conditioner_degrees(context_type)
+        return MaskedSteerableNet(*types, *degrees, **kwargs)
 
 
 def _checked(order: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -229,7 +247,10 @@ def equivariant_iaf(
     hidden_dims: Sequence[int] = (64, 64),
     order: Sequence[int] | None = None,
     split_by: str | None = None,
+    transformer: str = "affine",
     log_scale_bound: float = 3.0,
+    spline_bound: float = 5.0,
+    num_bins: int = 8,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> EquivariantIAF:
@@ -239,12 +260,17 @@ def equivariant_iaf(
     :param hidden_dims: channels of the conditioner's hidden layers.
     :param order: see :class:`EquivariantIAF`.
     :param split_by: see :class:`EquivariantIAF`.
+    :param transformer: see :class:`EquivariantIAF`.
     :param log_scale_bound: see :class:`EquivariantIAF`.
+    :param spline_bound: see :class:`EquivariantIAF`.
+    :param num_bins: see :class:`EquivariantIAF`.
     :param identity_init: whether the transform starts as the identity.
     :param net_kwargs: further keywords of :class:`~pyro_equiflow.nn.MaskedSteerableNet`.
     """
-    net = _network(field_type, None, hidden_dims, order, split_by, identity_init, net_kwargs)
-    return EquivariantIAF(field_type, net, order=order, split_by=split_by, log_scale_bound=log_scale_bound)
+    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    parts = _Ordered(field_type, order, split_by, chosen)
+    net = parts.network(None, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    return EquivariantIAF(field_type, net, order=order, split_by=split_by, **chosen.keywords())
 
 
 def conditional_equivariant_iaf(
@@ -254,7 +280,10 @@ def conditional_equivariant_iaf(
     hidden_dims: Sequence[int] = (64, 64),
     order: Sequence[int] | None = None,
     split_by: str | None = None,
+    transformer: str = "affine",
     log_scale_bound: float = 3.0,
+    spline_bound: float = 5.0,
+    num_bins: int = 8,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> ConditionalEquivariantIAF:
@@ -262,21 +291,7 @@ def conditional_equivariant_iaf(
 
     :param context_type: how the group acts on the context; the other parameters are those of :func:`equivariant_iaf`.
     """
-    net = _network(field_type, context_type, hidden_dims, order, split_by, identity_init, net_kwargs)
-    return ConditionalEquivariantIAF(
-        field_type, context_type, net, order=order, split_by=split_by, log_scale_bound=log_scale_bound
-    )
-
-
-def _network(
-    field_type: enn.FieldType,
-    context_type: enn.FieldType | None,
-    hidden_dims: Sequence[int],
-    order: Sequence[int] | None,
-    split_by: str | None,
-    identity_init: bool,
-    net_kwargs: dict[str, Any],
-) -> MaskedSteerableNet:
-    parts = _Ordered(field_type, order, split_by)
-    types, degrees = parts.conditioner_types(context_type), parts.conditioner_degrees(context_type)
-    return MaskedSteerableNet(*types, *degrees, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    parts = _Ordered(field_type, order, split_by, chosen)
+    net = parts.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    return ConditionalEquivariantIAF(field_type, context_type, net, order=order, split_by=split_by, **chosen.keywords())

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Monotone rational-quadratic splines of the unit interval, and radial maps made of them.
+
+On a bin of width :math:`w` and height :math:`h`, with :math:`\delta = h / w`, slopes :math:`d, e` at its ends and
+:math:`\xi \in [0, 1]` the place in it, the spline rises by
+
+.. math:: h\, \frac{\delta \xi^2 + d\, \xi (1 - \xi)}{\delta + (d + e - 2 \delta)\, \xi (1 - \xi)}.
+
+All of :math:`\delta, d, e` are positive, so it is monotone and has one derivative at the knots. Every formula here is a
+sum of positive terms: nothing cancels, forth or back, in either precision.
+
+References: Gregory and Delbourgo, *Piecewise Rational Quadratic Interpolation to Monotonic Data* (IMA Journal of
+Numerical Analysis 2, 1982); Durkan, Bekasov, Murray and Papamakarios, *Neural Spline Flows* (arXiv 1906.04032),
+section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["MIN_BIN", "UnitSpline", "num_spline_parameters"]
+
+#: The least width and height of a bin and the least slope of a knot.
+MIN_BIN = 1e-3
+
+# The raw slope 0 is the slope 1.
+_SLOPE_OFFSET = math.log(math.e - 1)
+
+
+def num_spline_parameters(num_bins: int) -> int:
+    """Raw numbers that a spline takes: a width and a height a bin, a slope an inner knot."""
+    return 3 * num_bins - 1
+
+
+class _Piece(NamedTuple):
+    """Of the bin where a value lies: its number, left ends, width, height, and slopes at both ends."""
+
+    number: Tensor
+    left: Tensor
+    bottom: Tensor
+    width: Tensor
+    height: Tensor
+    slope: Tensor
+    next_slope: Tensor
+
+
+class UnitSpline:
+    r"""Increasing maps :math:`f` of :math:`[0, 1]` onto itself, one for each entry of a tensor.
+
+    Widths and heights of the bins are softmaxes of raw numbers, slopes at the inner knots softpluses, each held above
+    :data:`MIN_BIN`. At the right end the slope is 1, at the left end 1 as well (:meth:`forward`, :meth:`inverse`), or
+    what makes the radial map smooth (:meth:`radial`, :meth:`radial_inverse`). Raw zeros give the identity.
+
+    :param raw: shape ``(*batch, 3 * num_bins - 1, *shape)``: widths, heights, slopes.
+    :param num_bins: number of bins.
+    :param dim: the dimension of the raw numbers, negative.
+    """
+
+    def __init__(self, raw: Tensor, num_bins: int, dim: int) -> None:
+        self.num_bins, self.dim = num_bins, dim
+        widths, heights, slopes = raw.split([num_bins, num_bins, num_bins - 1], dim)
+        self._widths, self._heights = (self._lengths(part) for part in (widths, heights))
+        self._lefts, self._bottoms = (part.cumsum(dim) - part for part in (self._widths, self._heights))
+        end = torch.zeros_like(raw.narrow(dim, 0, 1))
+        self._slopes = torch.cat([end, slopes, end], dim)
+
+    def _lengths(self, raw: Tensor) -> Tensor:
+        return MIN_BIN + (1 - self.num_bins * MIN_BIN) * raw.softmax(self.dim)
+
+    def _piece(self, values: Tensor, starts: Tensor) -> _Piece:
+        inner = starts.narrow(self.dim, 1, self.num_bins - 1)
+        index = (values.unsqueeze(self.dim) >= inner).sum(self.dim, keepdim=True)
+
+        def at(table: Tensor, index: Tensor = index) -> Tensor:
+            return table.gather(self.dim, index).squeeze(self.dim)
+
+        slope, next_slope = (
+            MIN_BIN + (1 - MIN_BIN) * F.softplus(at(self._slopes, i) + _SLOPE_OFFSET) for i in (index, index + 1)
+        )
+        return _Piece(
+            index.squeeze(self.dim),
+            at(self._lefts),
+            at(self._bottoms),
+            at(self._widths),
+            at(self._heights),
+            slope,
+            next_slope,
+        )
+
+    # ---- on the interval --------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`f(x)` and :math:`\log f'(x)`; the identity outside of the unit interval."""
+        inside = (x >= 0) & (x <= 1)
+        return self._elsewhere(inside, x, *self._rise(*self._found(x, inside, self._lefts)))
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`f^{-1}(y)` and :math:`\log (f^{-1})'(y)`; the identity outside of the unit interval."""
+        inside = (y >= 0) & (y <= 1)
+        return self._elsewhere(inside, y, *self._fall(*self._found(y, inside, self._bottoms)))
+
+    def _found(self, values: Tensor, inside: Tensor, starts: Tensor) -> tuple[Tensor, _Piece]:
+        # A value in the interval stands for one outside: derivatives of what is thrown away have to be finite too.
+        values = torch.where(inside, values, 0.5)
+        return values, self._piece(values, starts)
+
+    @staticmethod
+    def _elsewhere(inside: Tensor, x: Tensor, y: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
+
+    @staticmethod
+    def _rise(x: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+        place = (x - piece.left) / piece.width
+        rise, log_slope = _rational(place, 1 - place, piece)
+        return piece.bottom + piece.height * rise, log_slope
+
+    @staticmethod
+    def _fall(y: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+        r"""The quadratic equation's root, with its discriminant as a sum of squares.
+
+        With :math:`\eta` the share of the height and :math:`u = d (1 - \eta) - e \eta` the discriminant is :math:`u^2
+        + 4 \delta^2 \eta (1 - \eta)`.
+        """
+        delta = piece.height / piece.width
+        share = (y - piece.bottom) / piece.height
+        rest = 1 - share
+        u = piece.slope * rest - piece.next_slope * share
+        lower = u >= 0
+        root = (u * u + 4 * delta * delta * share * rest).sqrt() + torch.where(lower, u, -u)
+        numerator = torch.where(lower, 2 * delta * share, root)
+        denominator = torch.where(lower, root, 2 * delta * rest)
+        place, complement = numerator / (numerator + denominator), denominator / (numerator + denominator)
+        _, log_slope = _rational(place, complement, piece)
+        return piece.left + piece.width * place, -log_slope
+
+    # ---- along a radius -----------------------------------------------------------------------------------------
+
+    def radial(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The factor :math:`q(r) = f(r) / r` of the map :math:`x \mapsto q(|x|)\, x`, and :math:`\log f'(r)`.
+
+        In the first bin :math:`f` gets the one slope at 0 for which :math:`f''(0) = 0`, so that map and log-det have
+        two derivatives at the origin. It is :math:`d = \delta / (1 + a)`, :math:`a = \exp(\operatorname{arsinh}((e -
+        \delta) / 2 \delta)) - 1`, and there
+
+        .. math:: q = d \Bigl(1 + \frac{a \xi^2}{E}\Bigr), \qquad
+            f' = d \Bigl(1 + \frac{a \xi^2 (3 + 2 a \xi - a \xi^2)}{E^2}\Bigr), \qquad E = 1 + a \xi (1 - \xi):
+
+        nothing is divided by :math:`r`, and :math:`\xi^2` comes from squares, not from a root that has no derivative
+        at 0.
+
+        :param squares: :math:`r^2`.
+        :return: both of the shape of ``squares``; 1 and 0 where :math:`r > 1`.
+        """
+        inside = squares <= 1
+        squares = torch.where(inside, squares, 0.25)
+        radius = _root(squares)
+        piece = self._piece(radius, self._lefts)
+        first = piece.number == 0
+        a, slope = _smooth_origin(piece)
+        place = torch.where(first, radius / piece.width, 0.0)
+        square = torch.where(first, squares / piece.width.square(), 0.0)
+        near, near_log_slope = _near_origin(a, slope, place, square)
+        image, log_slope = self._rise(radius, piece)
+        far = image / torch.where(first, 1.0, radius)
+        factor, log_slope = torch.where(first, near, far), torch.where(first, near_log_slope, log_slope)
+        return torch.where(inside, factor, 1.0), torch.where(inside, log_slope, 0.0)
+
+    def radial_inverse(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The factor :math:`f^{-1}(r) / r` of the inverse map, and :math:`\log (f^{-1})'(r)`.
+
+        :param squares: :math:`r^2` of the images.
+        :return: both of the shape of ``squares``; 1 and 0 where :math:`r > 1`.
+        """
+        inside = squares <= 1
+        squares = torch.where(inside, squares, 0.25)
+        radius = _root(squares)
+        piece = self._piece(radius, self._bottoms)
+        first = piece.number == 0
+        a, slope = _smooth_origin(piece)
+        unit = piece.width * slope
+        t, t2 = torch.where(first, radius / unit, 0.0), torch.where(first, squares / unit.square(), 0.0)
+        share = torch.where(first, radius / piece.height, 0.5)
+        u = 1 - share - (1 + a * (3 + a)) * share
+        root = (u * u + 4 * (1 + a).square() * share * (1 - share)).sqrt()
+        shrink = 1 / (1 + 2 * a * t2 / (root + 1 + a * t))
+        near, near_log_slope = _near_origin(a, slope, t * shrink, t2 * shrink.square())
+        preimage, log_slope = self._fall(radius, piece)
+        far = preimage / torch.where(first, 1.0, radius)
+        factor, log_slope = torch.where(first, 1 / near, far), torch.where(first, -near_log_slope, log_slope)
+        return torch.where(inside, factor, 1.0), torch.where(inside, log_slope, 0.0)
+
+
+def _rational(place: Tensor, complement: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+    """The rise as a share of the bin's height, and the log-slope, at a place in the bin."""
+    delta = piece.height / piece.width
+    square, cross, rest = place * place, place * complement, complement * complement
+    denominator = delta * (square + rest) + (piece.slope + piece.next_slope) * cross
+    rise = (delta * square + piece.slope * cross) / denominator
+    slope = piece.next_slope * square + 2 * delta * cross + piece.slope * rest
+    return rise, (slope * (delta / denominator).square()).log()
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root; at 0 with derivative 0, since all that it goes into is even there."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+
+
+def _smooth_origin(piece: _Piece) -> tuple[Tensor, Tensor]:
+    """What of a first bin makes the radial map smooth: the number a and the slope at 0."""
+    delta = piece.height / piece.width
+    exponent = torch.asinh((piece.next_slope - delta) / (2 * delta))
+    return exponent.expm1(), delta * (-exponent).exp()
+
+
+def _near_origin(a: Tensor, slope: Tensor, place: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor f(r) / r and the log of f'(r) in the first piece."""
+    bend = a * square / (1 + a * (place - square))
+    stretch = bend * (3 + a * (2 * place - square)) / (1 + a * (place - square))
+    return slope * (1 + bend), slope.log() + stretch.log1p()

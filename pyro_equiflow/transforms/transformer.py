@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of the map of blocks, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pyro_equiflow.ops.splines import MIN_BIN
+from pyro_equiflow.transforms.affine import BlockAffine, BlockCommutant
+from pyro_equiflow.transforms.block_map import BlockMap
+from pyro_equiflow.transforms.blocks import Block
+from pyro_equiflow.transforms.spline import BlockSpline
+
+__all__ = ["Transformer"]
+
+_KINDS = ("affine", "commutant", "spline")
+
+
+@dataclass(frozen=True)
+class Transformer:
+    r"""A kind of :class:`~pyro_equiflow.transforms.block_map.BlockMap` with its settings.
+
+    :param kind: ``"affine"``, ``"commutant"`` or ``"spline"``.
+    :param log_scale_bound: the largest :math:`|s|`; positive.
+    :param spline_bound: splines are the identity beyond it; positive.
+    :param num_bins: bins of each spline, from 2.
+    :raises ValueError: an unknown kind, or a setting out of its range.
+    """
+
+    kind: str = "affine"
+    log_scale_bound: float = 3.0
+    spline_bound: float = 5.0
+    num_bins: int = 8
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"transformer: expected one of {list(_KINDS)}, found {self.kind!r}")
+        for name in ("log_scale_bound", "spline_bound"):
+            bound = getattr(self, name)
+            if not 0 < bound < float("inf"):
+                raise ValueError(f"{name}: expected a positive finite number, found {bound}")
+        most = int(0.5 / MIN_BIN)  # so that least lengths leave half of the interval to choose
+        if not isinstance(self.num_bins, int) or not 2 <= self.num_bins <= most:
+            raise ValueError(f"num_bins: expected an integer from 2 to {most}, found {self.num_bins!r}")
+
+    def keywords(self) -> dict[str, Any]:
+        """The settings by the keywords that transforms take them by."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"transformer": settings.pop("kind"), **settings}
+
+    def of(self, blocks: Sequence[Block], spatial_dims: int) -> BlockMap:
+        """The map of some blocks."""
+        if self.kind == "affine":
+            return BlockAffine(blocks, spatial_dims, self.log_scale_bound)
+        if self.kind == "commutant":
+            return BlockCommutant(blocks, spatial_dims, self.log_scale_bound)
+        return BlockSpline(blocks, spatial_dims, self.log_scale_bound, self.spline_bound, self.num_bins)
