@@ -102,9 +102,18 @@ def _coupling(kind: enn.FieldType, **options) -> pe.EquivariantTransform:
     return pe.equivariant_coupling(kind, **options)
 
 
-def _iaf(kind: enn.FieldType) -> pe.EquivariantTransform:
-    options = {"hidden_dims": (16,), "identity_init": False, "log_scale_bound": 1.0, **_net_options(kind)}
+def _iaf(kind: enn.FieldType, **options) -> pe.EquivariantTransform:
+    options = {"hidden_dims": (16,), "identity_init": False, "log_scale_bound": 1.0, **_net_options(kind), **options}
     return pe.equivariant_iaf(kind, **options)
+
+
+def _spline(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType) -> pe.EquivariantTransform:
+    transform = factory(kind, transformer="spline", spline_bound=2.0, num_bins=4)
+    # Steep splines lose digits going back, in float32 more than the tolerance has room for.
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.mul_(0.6)
+    return transform
 
 
 def _flow(kind: enn.FieldType) -> pe.EquivariantTransform:
@@ -124,7 +133,10 @@ def _solved(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType
 KINDS: dict[str, Callable[[enn.FieldType], pe.EquivariantTransform]] = {
     "coupling": _coupling,
     "coupling-by-irreps": functools.partial(_coupling, split_by="irreps"),
+    "coupling-commutant": functools.partial(_coupling, transformer="commutant"),
+    "coupling-spline": functools.partial(_spline, _coupling),
     "iaf": _iaf,
+    "iaf-spline": functools.partial(_spline, _iaf),
     "residual": functools.partial(_solved, pe.equivariant_residual),
     "implicit": functools.partial(_solved, pe.equivariant_implicit),
     "linear": pe.equivariant_linear,
@@ -133,9 +145,14 @@ KINDS: dict[str, Callable[[enn.FieldType], pe.EquivariantTransform]] = {
     "inverse-of-coupling": lambda kind: pe.Inverse(_coupling(kind)),
 }
 
+_SPLINES = ("trivial", "flips", "SO2", "O2", "SO3", "C4-plane")
+
 # Stacks and turned-round transforms add no mathematics of their own: a point, a plane and a volume say it.
 _ONLY: dict[str, tuple[str, ...]] = {
     "coupling-by-irreps": ("C4", "D3", "octahedral-regular", "C4-plane"),
+    "coupling-commutant": ("C4", "SO2", "C4-plane", "SO2-plane"),
+    "coupling-spline": (*_SPLINES, "C4", "D3", "octahedral-regular", "D4-plane"),
+    "iaf-spline": _SPLINES,
     "flow": ("O2", "C4-plane", "octahedral-space"),
     "inverse-of-coupling": ("O2", "C4-plane"),
 }

@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["MIN_BIN", "UnitSpline", "num_spline_parameters"]
 
 #: The least width and height of a bin and the least slope of a knot.
-MIN_BIN = 1e-3
+MIN_BIN = 1e-2
 
 # The raw slope 0 is the slope 1.
 _SLOPE_OFFSET = math.log(math.e - 1)

@@ -25,7 +25,7 @@ class FieldScalars:
     """
 
     def __init__(self, repeats: Sequence[int], spatial_dims: int) -> None:
-        counts = np.array(repeats)
+        counts = np.array(repeats, dtype=int)
         self.number, self.channels = len(counts), int(counts.sum())
         self.spatial_dims = spatial_dims
         # Channels of every number, where all have equally many: then no index is needed.
