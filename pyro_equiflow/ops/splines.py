@@ -62,52 +62,49 @@ class UnitSpline:
     """
 
     def __init__(self, raw: Tensor, num_bins: int, dim: int) -> None:
-        self.num_bins, self.dim = num_bins, dim
-        widths, heights, slopes = raw.split([num_bins, num_bins, num_bins - 1], dim)
-        self._widths, self._heights = (self._lengths(part) for part in (widths, heights))
-        self._lefts, self._bottoms = (part.cumsum(dim) - part for part in (self._widths, self._heights))
-        end = torch.zeros_like(raw.narrow(dim, 0, 1))
-        self._slopes = torch.cat([end, slopes, end], dim)
+        self.num_bins = num_bins
+        lengths, self._slopes = raw.movedim(dim, 0).split([2 * num_bins, num_bins - 1])
+        lengths = lengths.unflatten(0, (2, num_bins))
+        # Softmaxes are divided by their totals last, when only what belongs to one bin is left.
+        self._exponentials = (lengths - lengths.detach().amax(1, keepdim=True)).exp()
+        self._totals = self._exponentials.sum(1)
 
-    def _lengths(self, raw: Tensor) -> Tensor:
-        return MIN_BIN + (1 - self.num_bins * MIN_BIN) * raw.softmax(self.dim)
+    def _piece(self, values: Tensor, by: int) -> _Piece:
+        """The bins of some values among widths (0) or heights (1)."""
+        count, shared = self.num_bins, 1 - self.num_bins * MIN_BIN
+        with torch.no_grad():
+            number = torch.arange(count, device=values.device).view(-1, *values.dim() * (1,))
+            ends = self._exponentials[by].cumsum(0)[:-1] * (shared / self._totals[by]) + MIN_BIN * (number[:-1] + 1)
+            index = (values >= ends).sum(0, keepdim=True)
+            below = (number < index).to(values.dtype)
+        own = self._exponentials.gather(1, index.expand(2, *index.shape))[:, 0]
+        width, height = (MIN_BIN + shared * own / self._totals).unbind()
+        index = index[0]
+        left, bottom = (MIN_BIN * index + shared * (self._exponentials * below).sum(1) / self._totals).unbind()
+        return _Piece(index, left, bottom, width, height, self._slope(index - 1), self._slope(index))
 
-    def _piece(self, values: Tensor, starts: Tensor) -> _Piece:
-        inner = starts.narrow(self.dim, 1, self.num_bins - 1)
-        index = (values.unsqueeze(self.dim) >= inner).sum(self.dim, keepdim=True)
-
-        def at(table: Tensor, index: Tensor = index) -> Tensor:
-            return table.gather(self.dim, index).squeeze(self.dim)
-
-        slope, next_slope = (
-            MIN_BIN + (1 - MIN_BIN) * F.softplus(at(self._slopes, i) + _SLOPE_OFFSET) for i in (index, index + 1)
-        )
-        return _Piece(
-            index.squeeze(self.dim),
-            at(self._lefts),
-            at(self._bottoms),
-            at(self._widths),
-            at(self._heights),
-            slope,
-            next_slope,
-        )
+    def _slope(self, knot: Tensor) -> Tensor:
+        """The slope at an inner knot, counted from 0; 1 at the ends."""
+        inner = knot.clamp(0, self.num_bins - 2)
+        raw = self._slopes.gather(0, inner.unsqueeze(0))[0]
+        return MIN_BIN + (1 - MIN_BIN) * F.softplus(torch.where(knot == inner, raw, 0.0) + _SLOPE_OFFSET)
 
     # ---- on the interval --------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`f(x)` and :math:`\log f'(x)`; the identity outside of the unit interval."""
         inside = (x >= 0) & (x <= 1)
-        return self._elsewhere(inside, x, *self._rise(*self._found(x, inside, self._lefts)))
+        return self._elsewhere(inside, x, *self._rise(*self._found(x, inside, 0)))
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`f^{-1}(y)` and :math:`\log (f^{-1})'(y)`; the identity outside of the unit interval."""
         inside = (y >= 0) & (y <= 1)
-        return self._elsewhere(inside, y, *self._fall(*self._found(y, inside, self._bottoms)))
+        return self._elsewhere(inside, y, *self._fall(*self._found(y, inside, 1)))
 
-    def _found(self, values: Tensor, inside: Tensor, starts: Tensor) -> tuple[Tensor, _Piece]:
+    def _found(self, values: Tensor, inside: Tensor, by: int) -> tuple[Tensor, _Piece]:
         # A value in the interval stands for one outside: derivatives of what is thrown away have to be finite too.
         values = torch.where(inside, values, 0.5)
-        return values, self._piece(values, starts)
+        return values, self._piece(values, by)
 
     @staticmethod
     def _elsewhere(inside: Tensor, x: Tensor, y: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +156,7 @@ class UnitSpline:
         inside = squares <= 1
         squares = torch.where(inside, squares, 0.25)
         radius = _root(squares)
-        piece = self._piece(radius, self._lefts)
+        piece = self._piece(radius, 0)
         first = piece.number == 0
         a, slope = _smooth_origin(piece)
         place = torch.where(first, radius / piece.width, 0.0)
@@ -179,7 +176,7 @@ class UnitSpline:
         inside = squares <= 1
         squares = torch.where(inside, squares, 0.25)
         radius = _root(squares)
-        piece = self._piece(radius, self._bottoms)
+        piece = self._piece(radius, 1)
         first = piece.number == 0
         a, slope = _smooth_origin(piece)
         unit = piece.width * slope
