@@ -73,14 +73,15 @@ class UnitSpline:
         """The bins of some values among widths (0) or heights (1)."""
         count, shared = self.num_bins, 1 - self.num_bins * MIN_BIN
         with torch.no_grad():
-            number = torch.arange(count, device=values.device).view(-1, *values.dim() * (1,))
+            number = torch.arange(count, dtype=values.dtype, device=values.device).view(-1, *values.dim() * (1,))
             ends = self._exponentials[by].cumsum(0)[:-1] * (shared / self._totals[by]) + MIN_BIN * (number[:-1] + 1)
             index = (values >= ends).sum(0, keepdim=True)
             below = (number < index).to(values.dtype)
         own = self._exponentials.gather(1, index.expand(2, *index.shape))[:, 0]
         width, height = (MIN_BIN + shared * own / self._totals).unbind()
         index = index[0]
-        left, bottom = (MIN_BIN * index + shared * (self._exponentials * below).sum(1) / self._totals).unbind()
+        before = MIN_BIN * index.to(values.dtype)
+        left, bottom = (before + shared * (self._exponentials * below).sum(1) / self._totals).unbind()
         return _Piece(index, left, bottom, width, height, self._slope(index - 1), self._slope(index))
 
     def _slope(self, knot: Tensor) -> Tensor:
