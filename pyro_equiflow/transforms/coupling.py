@@ -239,6 +239,17 @@ def equivariant_coupling(
 ) -> EquivariantCoupling:
     """An :class:`EquivariantCoupling` with a :func:`~pyro_equiflow.nn.steerable_net` as conditioner.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_coupling
+        >>> space = gspaces.no_base_space(group.so2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1)])
+        >>> transform = equivariant_coupling(vectors, transformer="spline", num_bins=4)
+        >>> transform(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
     :param field_type: how the group acts on the event.
     :param hidden_dims: channels of the conditioner's hidden layers.
     :param split: see :class:`EquivariantCoupling`.

@@ -30,7 +30,8 @@ class BlockSpline(BlockMap):
       :math:`d` dimensions its log-det is :math:`\log f'(r) + (d - 1) \log (f(r) / r)` a position.
 
     Beyond :math:`B` both are the identity. The spline is the identity for raw zeros, so the maps of
-    :class:`BlockCommutant`, and with them all affine ones, are among these.
+    :class:`BlockCommutant`, and with them all affine ones, are among these. Going back loses digits where a spline is
+    flat, as with any inverse: in float32 more than an affine map does.
 
     :param blocks: the blocks, in the order of the channels of ``x``.
     :param spatial_dims: dimensions of the grid.
