@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 TIMINGS = ("coupling_step.py", "iaf_step.py", "lipschitz_bound.py", "residual_step.py")
-EXPERIMENTS = ("checkerboard.py", "symmetric_toys.py", "ring.py", "amortized.py")
+EXPERIMENTS = ("checkerboard.py", "symmetric_toys.py", "ring.py", "transformers.py", "amortized.py")
 
 
 def main() -> int:
