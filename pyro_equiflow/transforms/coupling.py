@@ -106,6 +106,7 @@ class EquivariantCoupling(ConditionableTransform):
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
         self.transformer = chosen.kind
+        self.log_scale_bound = chosen.log_scale_bound
         self._parts = parts
 
     @staticmethod

@@ -116,6 +116,7 @@ class EquivariantIAF(ConditionableTransform):
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
         self.transformer = chosen.kind
+        self.log_scale_bound = chosen.log_scale_bound
         self._parts = parts
 
     @property
