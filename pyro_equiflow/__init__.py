@@ -13,7 +13,8 @@ from pyro_equiflow import transforms as _transforms
 from pyro_equiflow.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions import InvariantNormal, OrbitMixture
 from pyro_equiflow.errors import ConvergenceError, EquivarianceError
-from pyro_equiflow.flows import equivariant_flow
+from pyro_equiflow.flows import equivariant_flow, image_flow
+from pyro_equiflow.images import LogitTransform, bits_per_dim, dequantize
 from pyro_equiflow.infer import *  # noqa: F403
 from pyro_equiflow.ops.serialization import register_reducers
 from pyro_equiflow.registration import register
@@ -25,10 +26,14 @@ __all__ = [
     "ConvergenceError",
     "EquivarianceError",
     "InvariantNormal",
+    "LogitTransform",
     "OrbitMixture",
     "__version__",
     "augment",
+    "bits_per_dim",
+    "dequantize",
     "equivariant_flow",
+    "image_flow",
     "infer",
     "logdet",
     "nn",

@@ -6,22 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from escnn.nn import FieldType
 
+from pyro_equiflow.ops.events import check_event
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms import (
     Compose,
     EquivariantTransform,
+    Inverse,
+    MultiScale,
     equivariant_actnorm,
     equivariant_coupling,
     equivariant_iaf,
     equivariant_implicit,
     equivariant_linear,
     equivariant_residual,
+    equivariant_squeeze,
 )
 from pyro_equiflow.transforms.blocks import block_layout
 
-__all__ = ["equivariant_flow"]
+__all__ = ["equivariant_flow", "image_flow"]
 
 
 def _coupling(field_type: FieldType, index: int, split_by: str | None, **kwargs: Any) -> EquivariantTransform:
@@ -117,3 +122,82 @@ def equivariant_flow(
             steps.append(equivariant_linear(field_type))
         steps.append(_KINDS[kind](field_type, index, split_by, hidden_dims=hidden_dims, **kwargs))
     return Compose(steps)
+
+
+def image_flow(
+    field_type: FieldType,
+    shape: Sequence[int],
+    *,
+    kind: str = "coupling",
+    levels: int = 2,
+    num_transforms: int = 4,
+    hidden_dims: Sequence[int] = (64, 64),
+    haar: bool = True,
+    padding_mode: str = "zeros",
+    **kwargs: Any,
+) -> Inverse:
+    r"""A multi-scale flow of images, from noise of the image's shape to images.
+
+    Each level squeezes (:class:`~pyro_equiflow.EquivariantSqueeze`), runs the steps of :func:`equivariant_flow` with
+    convolutional conditioners, lets half of the channels stop and hands the others to the next level
+    (:class:`~pyro_equiflow.MultiScale`). One channel is enough, since the first squeeze makes several fields of it.
+
+    The levels run forwards from images to noise, so scoring images needs no solver with ``kind="residual"``, and one
+    network pass a step with ``kind="iaf"`` (a masked autoregressive flow); what is returned is their inverse. Steps
+    start as the identity.
+
+    With an invariant base distribution the density is invariant under the group. With ``padding_mode="circular"``
+    images are periodic, and the flow also commutes with translations by multiples of :math:`2^{\text{levels}}` pixels,
+    which carry the cells of every squeeze to cells. Other translations mix cells, and are not symmetries.
+
+    Example::
+
+        >>> import torch, pyro.distributions as dist
+        >>> from escnn import gspaces, nn as enn
+        >>> from pyro_equiflow import LogitTransform, bits_per_dim, image_flow
+        >>> space = gspaces.flipRot2dOnR2(4)
+        >>> gray = enn.FieldType(space, [space.trivial_repr])
+        >>> flow = image_flow(gray, (8, 8), num_transforms=1, hidden_dims=(16,))
+        >>> noise = dist.Normal(torch.zeros(1, 8, 8), 1.0).to_event(3)
+        >>> density = dist.TransformedDistribution(noise, [flow, LogitTransform().inv])
+        >>> images = torch.randint(17, (5, 1, 8, 8))
+        >>> bits_per_dim(density, images, num_levels=17).shape
+        torch.Size([5])
+
+    :param field_type: how the group acts on the channels of an image: trivial fields for gray values and colours.
+    :param shape: side lengths ``(H, W)`` of the grid, each a multiple of :math:`2^{\text{levels}}`; equal where the
+        group exchanges the axes.
+    :param kind: ``"coupling"``, ``"iaf"``, ``"residual"`` or ``"implicit"``.
+    :param levels: number of squeezes.
+    :param num_transforms: number of steps a level.
+    :param hidden_dims: channels of the conditioners' hidden layers.
+    :param haar: whether a level works on averages and differences over cells, in place of pixels. Without, more than
+        one level needs two fields after the squeeze.
+    :param padding_mode: of the conditioners' convolutions, ``"zeros"`` or ``"circular"``.
+    :param kwargs: further keywords of :func:`equivariant_flow`, such as ``linear`` or ``kernel_size``.
+    :raises ValueError: a grid that does not fit the group or the levels, a group that does not permute the grid; else as
+        :func:`equivariant_flow` and :class:`~pyro_equiflow.MultiScale`.
+
+    References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), section 3.6;
+    Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649).
+    """
+    validate_field_type(field_type)
+    if not isinstance(levels, int) or levels < 1:
+        raise ValueError(f"levels: expected a positive integer, found {levels!r}")
+    shape = tuple(shape)
+    check_event(torch.empty(field_type.size, *shape, device="meta"), field_type, "image_flow")
+    if any(side % 2**levels for side in shape):
+        raise ValueError(
+            f"shape: expected side lengths that are multiples of {2**levels} for {levels} levels, found {shape}; pad "
+            "or crop the images, or take fewer levels"
+        )
+    options = {"num_transforms": num_transforms, "hidden_dims": hidden_dims, "padding_mode": padding_mode, **kwargs}
+    return Inverse(_levels(field_type, levels, haar, {"kind": kind, **options}))
+
+
+def _levels(field_type: FieldType, levels: int, haar: bool, options: dict[str, Any]) -> MultiScale:
+    deeper = None
+    if levels > 1:
+        deeper = _levels(MultiScale.types(field_type, haar=haar)[1], levels - 1, haar, options)
+    transform = equivariant_flow(equivariant_squeeze(field_type, haar=haar).out_type, **options)
+    return MultiScale(field_type, transform, deeper, haar=haar)

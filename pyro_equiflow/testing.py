@@ -60,6 +60,10 @@ def _relative(difference: Tensor, reference: Tensor, dimensions: int) -> float:
     return float((norm(difference, dim=axes) / norm(reference, dim=axes).clamp_min(1e-30)).max())
 
 
+def _image_type(function: Any, in_type: FieldType, out_type: FieldType | None) -> FieldType:
+    return out_type or getattr(function, "out_type", in_type)
+
+
 @torch.no_grad()
 def _worst_equivariance(
     function: Callable[[Tensor], Tensor], x: Tensor, in_type: FieldType, out_type: FieldType, elements: Any
@@ -88,11 +92,11 @@ def equivariance_error(
     :param function: a transform, or any map of events.
     :param x: events ``(*batch, C, *spatial)``.
     :param field_type: how the group acts on ``x``; default the function's own.
-    :param out_type: how it acts on the image; default as on ``x``.
+    :param out_type: how it acts on the image; default the function's own, else as on ``x``.
     :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
     """
     in_type = _field_type(function, field_type)
-    return _worst_equivariance(function, x, in_type, out_type or in_type, elements)[0]
+    return _worst_equivariance(function, x, in_type, _image_type(function, in_type, out_type), elements)[0]
 
 
 @torch.no_grad()
@@ -139,8 +143,14 @@ def inverse_error(transform: Any, x: Tensor) -> float:
     dimensions = transform.domain.event_dim
     # Copies: a transform's cache would answer with the very tensor that it was given.
     there = transform.inv(transform(x).clone())
-    back = transform(transform.inv(x.clone()).clone())
-    return max(_relative(there - x, x, dimensions), _relative(back - x, x, dimensions))
+    y = _in_codomain(transform, x)
+    back = transform(transform.inv(y.clone()).clone())
+    return max(_relative(there - x, x, dimensions), _relative(back - y, y, dimensions))
+
+
+def _in_codomain(transform: Any, x: Tensor) -> Tensor:
+    """``x`` itself where it may be an image, which asks more than to start from images; else its image."""
+    return (x if transform.forward_shape(x.shape) == x.shape else transform(x.clone())).clone()
 
 
 def log_det_error(transform: Any, x: Tensor) -> float:
@@ -155,9 +165,9 @@ def log_det_error(transform: Any, x: Tensor) -> float:
     flat = x.detach().reshape(-1, *x.shape[x.dim() - dimensions :])
     size = flat[0].numel()
     worst = 0.0
-    for event in flat:
+    for start in flat:
         for direction in (transform, transform.inv):
-            event = event.clone()
+            event = start.clone() if direction is transform else _in_codomain(transform, start).detach()
             jacobian = torch.autograd.functional.jacobian(lambda e, t=direction: t(e.clone()), event)
             expected = torch.linalg.slogdet(jacobian.reshape(size, size))[1]
             with torch.no_grad():
@@ -193,7 +203,7 @@ def assert_equivariant(
 ) -> None:
     """Raises ``AssertionError`` where :func:`equivariance_error` is above the tolerance."""
     in_type = _field_type(function, field_type)
-    error, where = _worst_equivariance(function, x, in_type, out_type or in_type, elements)
+    error, where = _worst_equivariance(function, x, in_type, _image_type(function, in_type, out_type), elements)
     _require("equivariance", error, _tolerance("equivariance", x.dtype, tolerance, in_type), where)
 
 

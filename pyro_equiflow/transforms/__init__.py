@@ -25,12 +25,14 @@ from pyro_equiflow.transforms.implicit import (
 )
 from pyro_equiflow.transforms.inverse import Inverse
 from pyro_equiflow.transforms.linear import EquivariantLinear, equivariant_linear
+from pyro_equiflow.transforms.multiscale import MultiScale
 from pyro_equiflow.transforms.residual import (
     ConditionalEquivariantResidual,
     EquivariantResidual,
     conditional_equivariant_residual,
     equivariant_residual,
 )
+from pyro_equiflow.transforms.squeeze import EquivariantSqueeze, equivariant_squeeze
 
 __all__ = [
     "Compose",
@@ -45,8 +47,10 @@ __all__ = [
     "EquivariantImplicit",
     "EquivariantLinear",
     "EquivariantResidual",
+    "EquivariantSqueeze",
     "EquivariantTransform",
     "Inverse",
+    "MultiScale",
     "conditional_equivariant_coupling",
     "conditional_equivariant_iaf",
     "conditional_equivariant_implicit",
@@ -57,4 +61,5 @@ __all__ = [
     "equivariant_implicit",
     "equivariant_linear",
     "equivariant_residual",
+    "equivariant_squeeze",
 ]

@@ -68,16 +68,19 @@ class EquivariantTransform(TransformModule):
     score a copy of the draw.
 
     :param field_type: how the group acts on the event.
+    :param out_type: how it acts on the image, over the same base space; by default as on the event.
     :param cache_size: 0 or 1.
     """
 
     bijective = True
     field_type: FieldType
+    out_type: FieldType
 
-    def __init__(self, field_type: FieldType, *, cache_size: int = 1) -> None:
+    def __init__(self, field_type: FieldType, *, out_type: FieldType | None = None, cache_size: int = 1) -> None:
         validate_field_type(field_type)
         super().__init__(cache_size=cache_size)
         self.field_type = field_type
+        self.out_type = field_type if out_type is None else out_type
         self._entry: _Entry | None = None
         self._inverse_ref: weakref.ref | None = None
 
@@ -120,7 +123,8 @@ class EquivariantTransform(TransformModule):
         r"""The image of ``x`` and the log-determinant, in one pass.
 
         :param x: shape ``(*batch, C, *spatial)``.
-        :return: ``y`` of the shape of ``x``, and :math:`\log|\det \partial y / \partial x|` of shape ``batch``.
+        :return: ``y`` of the shape that :meth:`forward_shape` says, and :math:`\log|\det \partial y / \partial x|` of
+            shape ``batch``.
         :raises TypeError: ``x`` is not a floating tensor of the parameters' dtype and device.
         :raises ValueError: wrong shape, or (with Pyro's validation on) values that are not finite.
         """
@@ -137,14 +141,15 @@ class EquivariantTransform(TransformModule):
         r"""The preimage of ``y`` and the log-determinant of the inverse map, in one pass.
 
         :param y: shape ``(*batch, C, *spatial)``.
-        :return: ``x`` of the shape of ``y``, and :math:`\log|\det \partial x / \partial y|` of shape ``batch``.
+        :return: ``x`` of the shape that :meth:`inverse_shape` says, and :math:`\log|\det \partial x / \partial y|` of
+            shape ``batch``.
         :raises TypeError: as for :meth:`call_and_ladj`.
         :raises ValueError: as for :meth:`call_and_ladj`.
         """
         entry = self._entry
         if entry is not None and entry.product is entry.y is y and self._answers(entry):
             return entry.x, -self._ladj(entry)
-        self._check(y)
+        self._check(y, self.out_type)
         x, ladj = self._inverse_and_ladj(y)
         x = x.contiguous()
         self._remember(x, y, -ladj, product=x)
@@ -180,7 +185,7 @@ class EquivariantTransform(TransformModule):
         entry = self._entry
         if torch.is_grad_enabled() or (entry is not None and entry.product is y):
             return self.inverse_and_ladj(y)[0]
-        self._check(y)
+        self._check(y, self.out_type)
         x, ladj = self._inverse_deferred(y)
         x = x.contiguous()
         self._remember(x, y, lambda: -ladj(), product=x)
@@ -197,19 +202,27 @@ class EquivariantTransform(TransformModule):
         return inverse
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the image of a tensor of this shape: the same.
+        """The shape of the image of a tensor of this shape: the same, unless a transform says otherwise.
 
         :raises ValueError: the shape holds no event of this transform.
         """
+        return self._checked_shape(shape, self.field_type)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the preimage of a tensor of this shape: the same, unless a transform says otherwise.
+
+        :raises ValueError: the shape holds no image of this transform.
+        """
+        return self._checked_shape(shape, self.out_type)
+
+    def _checked_shape(self, shape: torch.Size, field_type: FieldType) -> torch.Size:
         dimensions = self.event_dim
-        if len(shape) < dimensions or shape[len(shape) - dimensions] != self.field_type.size:
+        if len(shape) < dimensions or shape[len(shape) - dimensions] != field_type.size:
             raise ValueError(
-                f"{type(self).__name__}: expected a shape (*batch, {self.field_type.size}, *spatial) with "
+                f"{type(self).__name__}: expected a shape (*batch, {field_type.size}, *spatial) with "
                 f"{dimensions - 1} spatial dimensions, found {tuple(shape)}"
             )
         return shape
-
-    inverse_shape = forward_shape
 
     def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
         """This transform with another cache size; parameters are shared."""
@@ -228,10 +241,10 @@ class EquivariantTransform(TransformModule):
 
     # ---- checks and cache -------------------------------------------------------------------------------------
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, field_type: FieldType | None = None) -> None:
         parameter = next(self.parameters(), None)
         dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
-        check_event(x, self.field_type, type(self).__name__, dtype, device)
+        check_event(x, field_type or self.field_type, type(self).__name__, dtype, device)
         check_finite(x, self.event_dim, type(self).__name__)
 
     def _sources(self) -> tuple[Tensor, ...]:

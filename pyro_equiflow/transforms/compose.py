@@ -18,8 +18,8 @@ class Compose(EquivariantTransform):
 
     Equivariant because each part is; the log-det is the sum of the parts'.
 
-    :param transforms: parts of one field type.
-    :raises ValueError: no part, or unlike field types.
+    :param transforms: parts, each of the field type that the one before it gives.
+    :raises ValueError: no part, or field types that do not fit.
     """
 
     def __init__(self, transforms: list[EquivariantTransform], *, cache_size: int = 1) -> None:
@@ -32,11 +32,13 @@ class Compose(EquivariantTransform):
                 )
         if not transforms:
             raise ValueError("transforms: expected at least one part, found none")
-        first = transforms[0].field_type
-        for part in transforms:
-            if part.field_type != first:
-                raise ValueError(f"transforms: expected parts of one field type {first}, found {part.field_type}")
-        super().__init__(first, cache_size=cache_size)
+        for before, part in zip(transforms, transforms[1:]):
+            if part.field_type != before.out_type:
+                raise ValueError(
+                    f"transforms: expected parts that fit, with field type {before.out_type} after "
+                    f"{type(before).__name__}, found {type(part).__name__} with {part.field_type}"
+                )
+        super().__init__(transforms[0].field_type, out_type=transforms[-1].out_type, cache_size=cache_size)
         self.transforms = torch.nn.ModuleList(transforms)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +68,18 @@ class Compose(EquivariantTransform):
             y, ladj = part._inverse_deferred(y)
             ladjs.append(ladj)
         return y, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the image of a tensor of this shape: what the parts make of it."""
+        for part in self:
+            shape = part.forward_shape(shape)
+        return shape
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the preimage of a tensor of this shape: what the parts make of it."""
+        for part in reversed(list(self)):
+            shape = part.inverse_shape(shape)
+        return shape
 
     def __iter__(self) -> Iterator[EquivariantTransform]:
         return iter(self.transforms)  # type: ignore[arg-type]

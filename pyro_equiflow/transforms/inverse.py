@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
@@ -24,7 +25,7 @@ class Inverse(EquivariantTransform):
     def __init__(self, transform: EquivariantTransform) -> None:
         if not isinstance(transform, EquivariantTransform):
             raise TypeError(f"transform: expected an EquivariantTransform, found {type(transform).__name__}")
-        super().__init__(transform.field_type, cache_size=0)
+        super().__init__(transform.out_type, out_type=transform.field_type, cache_size=0)
         self.transform = transform
         if transform._inverse_ref is None or transform._inverse_ref() is None:
             transform._inverse_ref = weakref.ref(self)
@@ -59,6 +60,14 @@ class Inverse(EquivariantTransform):
 
     def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
         return self.transform._call_deferred(y)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The transform's :meth:`~EquivariantTransform.inverse_shape`."""
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The transform's :meth:`~EquivariantTransform.forward_shape`."""
+        return self.transform.forward_shape(shape)
 
     @property
     def inv(self) -> EquivariantTransform:
