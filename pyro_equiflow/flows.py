@@ -139,8 +139,8 @@ def image_flow(
     r"""A multi-scale flow of images, from noise of the image's shape to images.
 
     Each level squeezes (:class:`~pyro_equiflow.EquivariantSqueeze`), runs the steps of :func:`equivariant_flow` with
-    convolutional conditioners, lets half of the channels stop and hands the others to the next level
-    (:class:`~pyro_equiflow.MultiScale`). One channel is enough, since the first squeeze makes several fields of it.
+    convolutional conditioners, lets up to half of the channels stop and hands the others to the next
+    level (:class:`~pyro_equiflow.MultiScale`). One channel is enough: the first squeeze makes several fields of it.
 
     The levels run forwards from images to noise, so scoring images needs no solver with ``kind="residual"``, and one
     network pass a step with ``kind="iaf"`` (a masked autoregressive flow); what is returned is their inverse. Steps
@@ -171,12 +171,12 @@ def image_flow(
     :param levels: number of squeezes.
     :param num_transforms: number of steps a level.
     :param hidden_dims: channels of the conditioners' hidden layers.
-    :param haar: whether a level works on averages and differences over cells, in place of pixels. Without, more than
-        one level needs two fields after the squeeze.
+    :param haar: whether a level works on averages and differences over cells, in place of pixels. Without, more
+        than one level needs two fields after the squeeze.
     :param padding_mode: of the conditioners' convolutions, ``"zeros"`` or ``"circular"``.
     :param kwargs: further keywords of :func:`equivariant_flow`, such as ``linear`` or ``kernel_size``.
-    :raises ValueError: a grid that does not fit the group or the levels, a group that does not permute the grid; else as
-        :func:`equivariant_flow` and :class:`~pyro_equiflow.MultiScale`.
+    :raises ValueError: a grid that does not fit the group or the levels, a group that does not permute the grid; else
+        as :func:`equivariant_flow` and :class:`~pyro_equiflow.MultiScale`.
 
     References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), section 3.6;
     Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649).

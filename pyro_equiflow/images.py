@@ -37,20 +37,18 @@ def dequantize(images: Tensor, *, num_levels: int = 256, dtype: torch.dtype | No
     evaluation of generative models* (arXiv 1511.01844), section 3.1.
     """
     _check_levels(num_levels)
-    if (
-        not isinstance(images, Tensor)
-        or images.is_floating_point()
-        or images.is_complex()
-        or images.dtype == torch.bool
-    ):
-        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    stored = images.dtype if isinstance(images, Tensor) else None
+    if stored is None or stored.is_floating_point or stored.is_complex or stored == torch.bool:
         raise TypeError(
-            f"images: expected a tensor of integers, found {found}; pass levels as they were stored, not scaled ones"
+            f"images: expected a tensor of integers, found {stored or type(images).__name__}; pass levels as they were "
+            "stored, not scaled ones"
         )
-    if images.numel() and (images.min() < 0 or images.max() >= num_levels):
+    # As numbers of Python: 256 compared as a byte would be 0.
+    lowest, highest = (int(images.min()), int(images.max())) if images.numel() else (0, 0)
+    if lowest < 0 or highest >= num_levels:
         raise ValueError(
-            f"images: expected integers from 0 to {num_levels - 1}, found {int(images.min())} to {int(images.max())}; "
-            "set num_levels to the number of gray levels"
+            f"images: expected integers from 0 to {num_levels - 1}, found {lowest} to {highest}; set num_levels to the "
+            "number of gray levels"
         )
     levels = images.to(torch.get_default_dtype() if dtype is None else dtype)
     # k + u may round to k + 1: the next bin, or 1 itself, whose logit is infinite. So may u = 0 in the lowest bin.
@@ -62,8 +60,8 @@ class LogitTransform(Transform):
     r"""Pixels to real numbers, :math:`y = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`.
 
     With a margin :math:`\alpha > 0` black and white stay at finite distance. The domain is then a little larger than
-    [0, 1], by :math:`\alpha / (1 - 2 \alpha)` on either side: mass that a density puts outside [0, 1] is lost to it, and
-    counts against it in :func:`bits_per_dim`.
+    [0, 1], by :math:`\alpha / (1 - 2 \alpha)` on either side: mass that a density puts outside [0, 1] is lost to it,
+    and counts against it in :func:`bits_per_dim`.
 
     Log-det exact, :math:`\log(1 - 2 \alpha) - \log s - \log(1 - s)` with :math:`s = \alpha + (1 - 2 \alpha) x`, inverse
     closed. The last part of a density of images is the inverse, ``LogitTransform().inv``.
@@ -135,9 +133,9 @@ def bits_per_dim(
         \text{bits} = -\frac{1}{D} \log_2 P(k).
 
     The integral is estimated by the mean over ``num_samples`` draws of :func:`dequantize`. The mean is unbiased, so
-    its logarithm is too small on average: the expected result is an upper bound of the bits, and falls to them with more
-    draws. Where the density is constant on each bin it is exact with one draw. Nothing else enters: not a resized image,
-    not a channel added, not another base distribution than the one trained.
+    its logarithm is too small on average: the expected result is an upper bound of the bits, and falls to them with
+    more draws. Where the density is constant on each bin it is exact with one draw. Nothing else enters: no resized
+    image, no channel added, no base distribution other than the one trained.
 
     Example::
 

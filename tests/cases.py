@@ -123,6 +123,17 @@ def _flow(kind: enn.FieldType) -> pe.EquivariantTransform:
     return flow
 
 
+def _squeeze(kind: enn.FieldType) -> pe.EquivariantTransform:
+    # There and back, around a map of the squeezed type: alone it has no parameters, and another shape.
+    squeeze = pe.equivariant_squeeze(kind)
+    return pe.Compose([squeeze, pe.equivariant_linear(squeeze.out_type), squeeze.inv])
+
+
+def _multiscale(kind: enn.FieldType) -> pe.EquivariantTransform:
+    squeezed_type, deeper_type = pe.MultiScale.types(kind, haar=True)
+    return pe.MultiScale(kind, _coupling(squeezed_type), pe.equivariant_linear(deeper_type), haar=True)
+
+
 def _solved(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType) -> pe.EquivariantTransform:
     # Exact, where the default would be an estimate: properties are to be held against exact values.
     options = {"log_det": pe.logdet.Exact(), "lipschitz": 0.7, **_net_options(kind)}
@@ -142,18 +153,23 @@ KINDS: dict[str, Callable[[enn.FieldType], pe.EquivariantTransform]] = {
     "linear": pe.equivariant_linear,
     "actnorm": functools.partial(pe.equivariant_actnorm, data_init=False),
     "flow": _flow,
+    "squeeze": _squeeze,
+    "multiscale": _multiscale,
     "inverse-of-coupling": lambda kind: pe.Inverse(_coupling(kind)),
 }
 
 _SPLINES = ("trivial", "flips", "SO2", "O2", "SO3", "C4-plane")
 
-# Stacks and turned-round transforms add no mathematics of their own: a point, a plane and a volume say it.
+# Stacks and turned-round transforms add no mathematics of their own: a point, a plane and a volume say it. A squeeze
+# needs a group that permutes the grid, and even sides.
 _ONLY: dict[str, tuple[str, ...]] = {
     "coupling-by-irreps": ("C4", "D3", "octahedral-regular", "C4-plane"),
     "coupling-commutant": ("C4", "SO2", "C4-plane", "SO2-plane"),
     "coupling-spline": (*_SPLINES, "C4", "D3", "octahedral-regular", "D4-plane"),
     "iaf-spline": _SPLINES,
     "flow": ("O2", "C4-plane", "octahedral-space"),
+    "squeeze": ("D4-plane",),
+    "multiscale": ("D4-plane",),
     "inverse-of-coupling": ("O2", "C4-plane"),
 }
 
@@ -177,7 +193,7 @@ CASES: dict[str, Callable[[], pe.EquivariantTransform]] = {
 ONE_OF_EACH: dict[str, Callable[[], pe.EquivariantTransform]] = {
     f"{kind}-{name}": functools.partial(make, kind, name)
     for kind in KINDS
-    for name in ("O2", "C4-plane")
+    for name in ("O2", "D4-plane" if kind in ("squeeze", "multiscale") else "C4-plane")
     if f"{kind}-{name}" in CASES
 }
 

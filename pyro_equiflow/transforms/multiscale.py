@@ -52,8 +52,8 @@ class MultiScale(Compose):
     :param transform: :math:`T`, of the first type of :meth:`types`.
     :param deeper: :math:`D`, of the second; by default nothing goes on.
     :param haar: as in :class:`EquivariantSqueeze`.
-    :param kept: indices of the squeezed fields that go on; by default the first ones that fit into half of the
-        channels, at least one, never all.
+    :param kept: indices of the squeezed fields that go on; by default the first ones, until they have half of
+        the channels or more, never all.
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises TypeError: parts that are not equivariant transforms.
     :raises ValueError: parts of other types, a wrong choice of fields, one field only; else as
@@ -148,18 +148,16 @@ def _kept(field_type: enn.FieldType, chosen: Sequence[int] | None) -> list[int]:
             "another goes on; take haar=True, whose averages and differences are fields of their own, or one level less"
         )
     if chosen is not None:
-        if (
-            len(set(chosen)) != len(chosen)
-            or not 0 < len(chosen) < len(fields)
-            or not set(chosen) <= {*range(len(fields))}
-        ):
+        distinct = set(chosen) & set(range(len(fields)))
+        if not 0 < len(distinct) == len(chosen) < len(fields):
             raise ValueError(
                 f"kept: expected distinct indices of some but not all of the {len(fields)} fields, found {list(chosen)}"
             )
         return sorted(chosen)
-    kept, room = [], field_type.size // 2
-    for index, field in enumerate(fields):
-        if field.size <= room:
-            kept.append(index)
-            room -= field.size
-    return kept or [0]
+    kept, size = [], 0
+    for index, field in enumerate(fields[:-1]):
+        if 2 * size >= field_type.size:
+            break
+        kept.append(index)
+        size += field.size
+    return kept
