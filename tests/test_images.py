@@ -110,6 +110,10 @@ def test_which_fields_go_on():
     assert pe.MultiScale.types(gray(D4), haar=True, kept=[1])[1].representations == squeezed.representations[1:2]
     colours = enn.FieldType(C4, 3 * [C4.trivial_repr])
     assert pe.MultiScale.types(colours)[1].representations == 2 * (C4.regular_repr,)
+    # Never all go on, where the last field has more than half.
+    unequal = pe.MultiScale.types(enn.FieldType(C4, [C4.trivial_repr, C4.irrep(1)]))
+    assert [field.size for field in unequal[0].representations] == [4, 8]
+    assert unequal[1].representations == (C4.regular_repr,)
     plain = pe.MultiScale.types(gray(gspaces.trivialOnR2()))[1]
     assert plain.size == 2
 

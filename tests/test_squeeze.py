@@ -118,6 +118,11 @@ def test_permutation_fields_stay_permutation_fields():
     assert sorted(field.size for field in again) == [4, 4, 8]
     assert [field == cell for field in again if field.size == 4] == [True, True]
     assert "regular" in [field.name for field in again]
+    # Cosets of conjugate subgroups, the two diagonals' reflections, are one kind of field.
+    space = gspaces.flipRot2dOnR2(4)
+    conjugate = [enn.FieldType(space, [space.quotient_repr((axis, 1))]) for axis in (1, 3)]
+    first, second = (pe.EquivariantSqueeze(kind).out_type.representations for kind in conjugate)
+    assert {*first, *second} == {cell, space.regular_repr}
 
 
 def test_haar_is_averages_and_differences():
