@@ -145,7 +145,7 @@ def test_wrong_levels(build, error, message):
 def test_image_flows(kind, space):
     """One gray channel: laws of the transform, and the density's invariance under all eight turns and flips."""
     flow = image_flow(gray(space), (8, 8), kind, padding_mode="circular")
-    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         assert (flow(x.clone()) - x).abs().max() > 0.1
         testing.assert_inverse(flow, x, tolerance=1e-10)
@@ -259,12 +259,12 @@ def test_training_on_a_symmetric_source():
     density = dist.TransformedDistribution(base, [flow, pe.LogitTransform().inv])
     before = pe.bits_per_dim(density, images).mean().item()  # sets the actnorms
     optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
-    for step in range(100):
+    for step in range(60):
         optimizer.zero_grad()
         loss = pe.bits_per_dim(density, images[step % 4 :: 4]).mean()
         loss.backward()
         optimizer.step()
-    assert entropy < loss.item() < before - 0.1 < 5
+    assert entropy < loss.item() < before - 0.05 < 5
     # The same pixels turned: fresh noise would be another sample of the bound.
     pixels = pe.dequantize(images[:8])
     turned = density.log_prob(pixels.rot90(1, (2, 3)))
