@@ -36,24 +36,8 @@ def dequantize(images: Tensor, *, num_levels: int = 256, dtype: torch.dtype | No
     References: Uria, Murray and Larochelle, *RNADE* (arXiv 1306.0186); Theis, van den Oord and Bethge, *A note on the
     evaluation of generative models* (arXiv 1511.01844), section 3.1.
     """
-    _check_levels(num_levels)
-    stored = images.dtype if isinstance(images, Tensor) else None
-    if stored is None or stored.is_floating_point or stored.is_complex or stored == torch.bool:
-        raise TypeError(
-            f"images: expected a tensor of integers, found {stored or type(images).__name__}; pass levels as they were "
-            "stored, not scaled ones"
-        )
-    # As numbers of Python: 256 compared as a byte would be 0.
-    lowest, highest = (int(images.min()), int(images.max())) if images.numel() else (0, 0)
-    if lowest < 0 or highest >= num_levels:
-        raise ValueError(
-            f"images: expected integers from 0 to {num_levels - 1}, found {lowest} to {highest}; set num_levels to the "
-            "number of gray levels"
-        )
-    levels = images.to(torch.get_default_dtype() if dtype is None else dtype)
-    # k + u may round to k + 1: the next bin, or 1 itself, whose logit is infinite. So may u = 0 in the lowest bin.
-    noisy = torch.minimum(levels + torch.rand_like(levels), torch.nextafter(levels + 1, levels))
-    return noisy.clamp_min(torch.finfo(levels.dtype).eps) / num_levels
+    _check_images(images, num_levels)
+    return _dequantize(images, num_levels, dtype)
 
 
 class LogitTransform(Transform):
@@ -77,7 +61,9 @@ class LogitTransform(Transform):
     :param cache_size: 0 or 1.
     :raises ValueError: a margin outside [0, 0.5).
 
-    References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), section 4.1.
+    References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), section 4.1,
+    with a margin on one side; Papamakarios, Pavlakou and Murray, *Masked Autoregressive Flow for Density Estimation*
+    (arXiv 1705.07057), with one on both.
     """
 
     bijective = True
@@ -158,18 +144,39 @@ def bits_per_dim(
     References: Theis, van den Oord and Bethge, *A note on the evaluation of generative models* (arXiv 1511.01844),
     section 3.1; Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders* (arXiv 1509.00519), theorem 1.
     """
-    _check_levels(num_levels)
+    _check_images(images, num_levels)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples: expected a positive integer, found {num_samples!r}")
     event = density.event_shape
     size = event.numel()
-    if isinstance(images, Tensor) and images.shape[images.dim() - len(event) :] != event:
-        raise ValueError(f"images: expected shape (*batch, {tuple(event)}), found {tuple(images.shape)}")
-    pixels = dequantize(images.expand(num_samples, *images.shape), num_levels=num_levels, dtype=dtype)
+    if images.dim() < len(event) or images.shape[images.dim() - len(event) :] != event:
+        raise ValueError(f"images: expected shape (*batch, *{tuple(event)}), found {tuple(images.shape)}")
+    pixels = _dequantize(images.expand(num_samples, *images.shape), num_levels, dtype)
     log_prob = torch.logsumexp(density.log_prob(pixels), 0) - math.log(num_samples)
     return (size * math.log(num_levels) - log_prob) / (size * math.log(2))
 
 
-def _check_levels(num_levels: int) -> None:
+def _check_images(images: Tensor, num_levels: int) -> None:
     if not isinstance(num_levels, int) or num_levels < 2:
         raise ValueError(f"num_levels: expected an integer of at least 2, found {num_levels!r}")
+    stored = images.dtype if isinstance(images, Tensor) else None
+    if stored is None or stored.is_floating_point or stored.is_complex or stored == torch.bool:
+        raise TypeError(
+            f"images: expected a tensor of integers, found {stored or type(images).__name__}; pass levels as they were "
+            "stored, not scaled ones"
+        )
+    # As numbers of Python: 256 compared as a byte would be 0.
+    lowest, highest = (int(images.min()), int(images.max())) if images.numel() else (0, 0)
+    if lowest < 0 or highest >= num_levels:
+        raise ValueError(
+            f"images: expected integers from 0 to {num_levels - 1}, found {lowest} to {highest}; set num_levels to the "
+            "number of gray levels"
+        )
+
+
+def _dequantize(images: Tensor, num_levels: int, dtype: torch.dtype | None) -> Tensor:
+    levels = images.to(torch.get_default_dtype() if dtype is None else dtype)
+    # k + u may round to k + 1, the next bin; in the last bin that is pixel 1, whose logit is infinite, as it is at the
+    # pixel 0 that u = 0 gives in the first.
+    noisy = torch.minimum(levels + torch.rand_like(levels), torch.nextafter(levels + 1, levels))
+    return noisy.clamp_min(torch.finfo(levels.dtype).eps) / num_levels

@@ -160,16 +160,17 @@ KINDS: dict[str, Callable[[enn.FieldType], pe.EquivariantTransform]] = {
 
 _SPLINES = ("trivial", "flips", "SO2", "O2", "SO3", "C4-plane")
 
-# Stacks and turned-round transforms add no mathematics of their own: a point, a plane and a volume say it. A squeeze
-# needs a group that permutes the grid, and even sides.
+#: Those that need a grid of even sides, permuted by the whole group.
+ON_EVEN_GRIDS = ("squeeze", "multiscale")
+
+# Stacks and turned-round transforms add no mathematics of their own: a point, a plane and a volume say it.
 _ONLY: dict[str, tuple[str, ...]] = {
     "coupling-by-irreps": ("C4", "D3", "octahedral-regular", "C4-plane"),
     "coupling-commutant": ("C4", "SO2", "C4-plane", "SO2-plane"),
     "coupling-spline": (*_SPLINES, "C4", "D3", "octahedral-regular", "D4-plane"),
     "iaf-spline": _SPLINES,
     "flow": ("O2", "C4-plane", "octahedral-space"),
-    "squeeze": ("D4-plane",),
-    "multiscale": ("D4-plane",),
+    **dict.fromkeys(ON_EVEN_GRIDS, ("D4-plane",)),
     "inverse-of-coupling": ("O2", "C4-plane"),
 }
 
@@ -193,7 +194,7 @@ CASES: dict[str, Callable[[], pe.EquivariantTransform]] = {
 ONE_OF_EACH: dict[str, Callable[[], pe.EquivariantTransform]] = {
     f"{kind}-{name}": functools.partial(make, kind, name)
     for kind in KINDS
-    for name in ("O2", "D4-plane" if kind in ("squeeze", "multiscale") else "C4-plane")
+    for name in ("O2", "D4-plane" if kind in ON_EVEN_GRIDS else "C4-plane")
     if f"{kind}-{name}" in CASES
 }
 

@@ -410,6 +410,8 @@ def test_noise_at_the_ends_of_a_bin(monkeypatch, draw, dtype):
     (lambda: pe.dequantize(torch.tensor([0]), num_levels=1), ValueError, "num_levels: expected .* at least 2, found 1"),
     (lambda: pe.LogitTransform(0.5), ValueError, r"alpha: expected a number in \[0, 0.5\), found 0.5"),
     (lambda: pe.LogitTransform(-0.1), ValueError, r"alpha: expected .* found -0.1"),
+    (lambda: pe.bits_per_dim(Logistic(1), np.zeros(1, int)), TypeError, "expected a tensor of integers, found ndarray"),
+    (lambda: pe.bits_per_dim(Logistic(1, 2, 2), torch.zeros(2, 2, dtype=int)), ValueError, "images: expected shape"),
     (lambda: pe.bits_per_dim(Logistic(1, 2, 2), torch.zeros(3, 1, 2, dtype=int)), ValueError,
      r"images: expected shape \(\*batch, .*found \(3, 1, 2\)"),
     (lambda: pe.bits_per_dim(Logistic(1), torch.zeros(3, 1, dtype=int), num_samples=0), ValueError, "num_samples: "),

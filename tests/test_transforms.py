@@ -21,7 +21,18 @@ from pyro_equiflow import testing
 from pyro_equiflow.nn import SteerableLinear, expand
 from pyro_equiflow.ops.events import act, event_dim, grid_elements
 from pyro_equiflow.transforms.blocks import Block, BlockLayout, block_layout
-from tests.cases import BATCH_SHAPES, CASES, KINDS, ONE_OF_EACH, events, field_type, make, point, randomize
+from tests.cases import (
+    BATCH_SHAPES,
+    CASES,
+    KINDS,
+    ON_EVEN_GRIDS,
+    ONE_OF_EACH,
+    events,
+    field_type,
+    make,
+    point,
+    randomize,
+)
 
 every_kind = pytest.mark.parametrize("case", ONE_OF_EACH)
 SMALL = {"hidden_dims": (12,), "identity_init": False, "log_scale_bound": 1.0}
@@ -108,7 +119,9 @@ def test_fields_in_any_order(name, order):
     kind = enn.FieldType(kind.gspace, [kind.representations[i % len(kind.representations)] for i in order])
     side = kind.gspace.dimensionality * (4,)
     x = torch.randn(2, kind.size, *side, dtype=torch.float64)
-    for build in KINDS.values():
+    for name_of_kind, build in KINDS.items():
+        if name_of_kind in ON_EVEN_GRIDS and not side:
+            continue
         transform = randomize(build(kind)).double()
         testing.assert_equivariant(transform, x)
         testing.assert_inverse(transform, x)
