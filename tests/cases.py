@@ -49,6 +49,7 @@ TYPES: dict[str, tuple[Callable[[], enn.FieldType], tuple[int, ...]]] = {
     "C5": (lambda: _point(group.cyclic_group(5), (1,), (2,), (1,), regular=True), ()),
     "D3": (lambda: _point(group.dihedral_group(3), (1, 1), (1, 0), (1, 1), regular=True), ()),
     "D4": (lambda: _point(group.dihedral_group(4), (1, 1), (0, 0), (0, 2), quotient=((0, 1),)), ()),
+    "D8": (lambda: _point(group.dihedral_group(8), (1, 1), (0, 0), (1, 3), quotient=((0, 1),)), ()),
     "SO2": (lambda: _point(group.so2_group(), (1,), (0,), (2,), (1,), (1,)), ()),
     "O2": (lambda: _point(group.o2_group(), (1, 1), (0, 0), (1, 2), (1, 0), (1, 1)), ()),
     "SO3": (lambda: _point(group.so3_group(), (1,), (0,), (2,), (1,)), ()),
