@@ -17,6 +17,7 @@ from pyro_equiflow.flows import equivariant_flow, image_flow
 from pyro_equiflow.images import LogitTransform, bits_per_dim, dequantize
 from pyro_equiflow.infer import *  # noqa: F403
 from pyro_equiflow.ops.serialization import register_reducers
+from pyro_equiflow.particles import MeanFreePositions, particle_permutation, particle_type
 from pyro_equiflow.registration import register
 from pyro_equiflow.transforms import *  # noqa: F403
 from pyro_equiflow.version import __version__
@@ -27,6 +28,7 @@ __all__ = [
     "EquivarianceError",
     "InvariantNormal",
     "LogitTransform",
+    "MeanFreePositions",
     "OrbitMixture",
     "__version__",
     "augment",
@@ -37,6 +39,8 @@ __all__ = [
     "infer",
     "logdet",
     "nn",
+    "particle_permutation",
+    "particle_type",
     "solvers",
     "testing",
     *infer.__all__,

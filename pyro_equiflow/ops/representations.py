@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from escnn.group import Group, GroupElement, IrreducibleRepresentation, Representation
+from escnn.group import DirectProductGroup, Group, GroupElement, IrreducibleRepresentation, Representation
 from escnn.nn import FieldType
 
 __all__ = [
@@ -32,12 +32,16 @@ def probe_elements(group: Group) -> tuple[GroupElement, ...]:
     """Elements that decide whether a linear statement holds on the whole group.
 
     A finite group is decided by its generators. A continuous one by escnn's testing elements: they hold
-    rotations by small angles about every axis and a member of each connected component.
+    rotations by small angles about every axis and a member of each connected component. A direct product by those
+    of its factors, of which it is made.
     """
     if group.order() == 1:
         return (group.identity,)
     if group.order() > 0:
         return tuple(group.generators)
+    if isinstance(group, DirectProductGroup):
+        first, second = probe_elements(group.G1), probe_elements(group.G2)
+        return (*map(group.inclusion1, first), *map(group.inclusion2, second))
     return tuple(group.testing_elements())
 
 

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Systems of particles whose centre of mass is at the origin: positions, coordinates, field types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from escnn import group as egroup
+from escnn import gspaces
+from escnn.group import Group, GroupElement, IrreducibleRepresentation, Representation
+from escnn.nn import FieldType
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.representations import probe_elements
+
+__all__ = ["MeanFreePositions", "particle_permutation", "particle_type"]
+
+# How far the mean of positions may lie from the origin, in units of the dtype's rounding and their size.
+_SLACK = 1e3
+
+_TOLERANCE = 1e-6
+
+
+def _helmert(num_particles: int) -> np.ndarray:
+    """Orthonormal columns that span the vectors of mean 0, ``(N, N - 1)``."""
+    basis = np.triu(np.ones((num_particles, num_particles - 1)))
+    below = np.arange(1, num_particles)
+    basis[below, below - 1] = -below
+    return basis / np.sqrt(below * (below + 1))
+
+
+class _MeanFree(constraints.Constraint):
+    """Real positions ``(N, d)`` of mean 0 up to rounding."""
+
+    event_dim = 2
+
+    def check(self, value: Tensor) -> Tensor:
+        size = value.abs().amax((-2, -1)).clamp(min=1.0)
+        return value.mean(-2).abs().amax(-1) <= _SLACK * torch.finfo(value.dtype).eps * size
+
+
+class MeanFreePositions(Transform):
+    r"""Particle positions with centre of mass 0 from independent coordinates: a linear isometry of the subspace.
+
+    .. math:: x_i = \sum_{a=1}^{N-1} B_{ia} z_a, \qquad B^T B = 1, \quad \sum_i B_{ia} = 0,
+
+    with :math:`N - 1` vectors :math:`z_a` of :math:`R^d` and Helmert's orthonormal :math:`B`. Lengths and inner
+    products are kept, so the log-det is 0 and densities of positions are densities with respect to the Hausdorff
+    (surface) measure of the subspace. Rotations of the positions rotate every :math:`z_a`; :func:`particle_type` gives the field
+    type of :math:`z`.
+
+    Inverse closed form, log-det exact (0).
+
+    Example::
+
+        >>> import torch, pyro.distributions as dist
+        >>> from escnn import group
+        >>> from pyro_equiflow import InvariantNormal, MeanFreePositions, equivariant_flow, particle_type
+        >>> kind = particle_type(5, group.o2_group().irrep(1, 1))
+        >>> base = InvariantNormal(kind)
+        >>> positions = dist.TransformedDistribution(base, [equivariant_flow(kind), MeanFreePositions(5, 2)])
+        >>> x = positions.sample((3,))
+        >>> x.shape, bool((x.mean(-2).abs() < 1e-5).all())
+        (torch.Size([3, 5, 2]), True)
+
+    :param num_particles: :math:`N`, two at least.
+    :param dim: :math:`d`.
+    :param cache_size: 0 or 1, as of torch's transforms.
+    :raises ValueError: fewer than two particles, no dimension, events of another shape.
+
+    Reference: Köhler, Klein and Noé, *Equivariant Flows: Exact Likelihood Generative Learning for Symmetric
+    Densities* (arXiv 2006.02425), section 5, on densities without translations.
+    """
+
+    bijective = True
+    domain = constraints.real_vector
+
+    def __init__(self, num_particles: int, dim: int, *, cache_size: int = 0) -> None:
+        _check_particles(num_particles)
+        if not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"dim: expected a positive integer, found {dim!r}")
+        super().__init__(cache_size=cache_size)
+        self.num_particles = num_particles
+        self.dim = dim
+        self._constants = Constants(basis=_helmert(num_particles))
+
+    @constraints.dependent_property(is_discrete=False, event_dim=2)
+    def codomain(self) -> constraints.Constraint:
+        """Positions of mean 0."""
+        return _MeanFree()
+
+    def _call(self, z: Tensor) -> Tensor:
+        self.forward_shape(z.shape)
+        return self._constants.like(z)["basis"] @ z.unflatten(-1, (self.num_particles - 1, self.dim))
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        self.inverse_shape(x.shape)
+        return (self._constants.like(x)["basis"].T @ x).flatten(-2)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """0, of the batch's shape."""
+        return x.new_zeros(x.shape[:-1])
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """``(*batch, (N - 1) d)`` to ``(*batch, N, d)``."""
+        size = (self.num_particles - 1) * self.dim
+        if shape[-1:] != (size,):
+            raise ValueError(f"MeanFreePositions: expected coordinates of shape (*batch, {size}), found {tuple(shape)}")
+        return shape[:-1] + (self.num_particles, self.dim)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """``(*batch, N, d)`` to ``(*batch, (N - 1) d)``."""
+        if shape[-2:] != (self.num_particles, self.dim):
+            raise ValueError(
+                f"MeanFreePositions: expected positions of shape (*batch, {self.num_particles}, {self.dim}), found "
+                f"{tuple(shape)}"
+            )
+        return shape[:-2] + ((self.num_particles - 1) * self.dim,)
+
+    def with_cache(self, cache_size: int = 1) -> MeanFreePositions:
+        """This transform with another cache size."""
+        return (
+            self if cache_size == self._cache_size else type(self)(self.num_particles, self.dim, cache_size=cache_size)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MeanFreePositions) and (self.num_particles, self.dim) == (
+            other.num_particles,
+            other.dim,
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.num_particles, self.dim))
+
+
+def particle_type(num_particles: int, vector: Representation, *, permutations: bool = False) -> FieldType:
+    r"""How rotations, and permutations if asked for, act on the coordinates of :class:`MeanFreePositions`.
+
+    Without permutations :math:`N - 1` fields ``vector`` of its own group. With them the group is the direct product of
+    :math:`S_N` and that group, and the coordinates are one field, :math:`\sigma(\pi) \otimes \rho(g)`, with
+    :math:`\sigma(\pi) = B^T P_\pi B` the standard representation of :math:`S_N` in the coordinates' basis. For a
+    ``vector`` that is irreducible it is irreducible as well, so there is nothing to split: couplings and IAF do not
+    apply, residual and implicit transforms do. With the trivial group's ``vector`` it is permutations alone, for
+    :class:`~pyro_equiflow.OrbitMixture`.
+
+    escnn has no symmetric groups. Up to four particles they are groups that it has: :math:`S_2 = C_2`,
+    :math:`S_3 = D_3`, :math:`S_4 = O`, the rotations of the cube, which permute its diagonals. From five on there is
+    none.
+
+    Example::
+
+        >>> from escnn import group
+        >>> from pyro_equiflow import particle_type
+        >>> vector = group.o2_group().irrep(1, 1)
+        >>> particle_type(7, vector).size, particle_type(3, vector, permutations=True).fibergroup
+        (12, D3 X O(2))
+
+    :param num_particles: :math:`N`, two at least.
+    :param vector: how rotations act on one particle's position in :math:`R^d`.
+    :param permutations: whether the particles are identical.
+    :return: a field type of size :math:`(N - 1) d` over no base space.
+    :raises ValueError: fewer than two particles, or permutations of more than four.
+    :raises TypeError: ``vector`` is not a representation of escnn.
+    """
+    _check_particles(num_particles)
+    if not isinstance(vector, Representation):
+        raise TypeError(
+            f"vector: expected an escnn representation such as group.o2_group().irrep(1, 1), found "
+            f"{type(vector).__name__}"
+        )
+    if not permutations:
+        return FieldType(gspaces.no_base_space(vector.group), (num_particles - 1) * [vector])
+    standard = _standard(num_particles)
+    product = egroup.direct_product(standard.group, vector.group)
+    return FieldType(gspaces.no_base_space(product), [_tensor_product(product, standard, vector)])
+
+
+def particle_permutation(num_particles: int, element: GroupElement) -> Tensor:
+    """Which permutation an element of the group of :func:`particle_type` is: particle ``i`` goes to place ``p[i]``.
+
+    Example::
+
+        >>> from escnn import group
+        >>> from pyro_equiflow import particle_permutation, particle_type
+        >>> kind = particle_type(2, group.o2_group().irrep(1, 1), permutations=True)
+        >>> particle_permutation(2, kind.fibergroup.inclusion1(group.cyclic_group(2).generators[0]))
+        tensor([1, 0])
+
+    :param num_particles: two to four.
+    :param element: of the direct product, or of its first factor.
+    :return: shape ``(num_particles,)``.
+    :raises ValueError: an element of another group, or more than four particles.
+    """
+    standard = _standard(num_particles)
+    first = getattr(element.group, "G1", element.group)
+    if first != standard.group:
+        raise ValueError(f"element: expected one of {standard.group} or of its direct products, found {element.group}")
+    if element.group != first:
+        element = element.group.split_element(element)[0]
+    basis = _helmert(num_particles)
+    return torch.as_tensor((basis @ standard(element) @ basis.T).argmax(0))
+
+
+def _check_particles(num_particles: int) -> None:
+    if not isinstance(num_particles, int) or num_particles < 2:
+        raise ValueError(f"num_particles: expected an integer of two at least, found {num_particles!r}")
+
+
+def _symmetric_group(num_particles: int) -> IrreducibleRepresentation:
+    """The irrep by which :math:`S_N` acts on a regular simplex."""
+    _check_particles(num_particles)
+    if num_particles > 4:
+        raise ValueError(
+            f"num_particles: expected two to four with permutations, found {num_particles}: escnn has no symmetric "
+            "group of more than four letters; leave permutations out"
+        )
+    if num_particles == 2:
+        return egroup.cyclic_group(2).irrep(1)
+    if num_particles == 3:
+        return egroup.dihedral_group(3).irrep(1, 1)
+    # Of the irreps of size 3 the one that is not the cube's own: half turns that swap two diagonals have trace 1.
+    return egroup.octa_group().irrep(-1)
+
+
+def _standard(num_particles: int) -> Representation:
+    r""":math:`B^T P_\pi B` as a representation of escnn."""
+    irrep = _symmetric_group(num_particles)
+    simplex = _simplex(irrep, num_particles)
+    # B z and V z are positions in two bases of one subspace.
+    change = _helmert(num_particles).T @ simplex
+    return Representation(irrep.group, f"permutations of {num_particles}", [irrep.id], change, [])
+
+
+def _simplex(irrep: IrreducibleRepresentation, num_particles: int) -> np.ndarray:
+    """Corners of a regular simplex that the irrep permutes, as rows; columns orthonormal."""
+    for element in irrep.group.elements:
+        powers = [irrep(element)]
+        while len(powers) < num_particles - 1:
+            powers.append(powers[-1] @ powers[0])
+        fixed = np.mean(powers, 0)
+        # A cycle of all letters but one fixes that corner, and no other direction.
+        if np.allclose(powers[-1], np.eye(irrep.size)) and np.isclose(np.trace(fixed), 1):
+            corner = fixed[:, np.abs(fixed).sum(0).argmax()]
+            corner = corner / np.linalg.norm(corner)
+            break
+    corners: list[np.ndarray] = []
+    for element in irrep.group.elements:
+        image = irrep(element) @ corner
+        if not any(np.allclose(image, other) for other in corners):
+            corners.append(image)
+    return np.array(corners) * np.sqrt((num_particles - 1) / num_particles)
+
+
+def _tensor_product(product: Group, first: Representation, second: Representation) -> Representation:
+    """The outer tensor product, with channels of ``second`` innermost; ``first`` is one irrep in some basis."""
+    irreps: list[Any] = []
+    blocks, start = [], 0
+    (first_id,) = first.irreps
+    for irrep_id in second.irreps:
+        irrep = second.group.irrep(*irrep_id)
+        joint = product.irrep(first_id, irrep_id)
+        columns = second.change_of_basis[:, start : start + irrep.size]
+        blocks.append(
+            np.kron(first.change_of_basis, columns) @ _intertwiner(joint, first.group.irrep(*first_id), irrep)
+        )
+        irreps.append(joint.id)
+        start += irrep.size
+    return Representation(product, f"{first.name} x {second.name}", irreps, np.concatenate(blocks, 1), [])
+
+
+def _intertwiner(
+    joint: IrreducibleRepresentation, first: IrreducibleRepresentation, second: IrreducibleRepresentation
+) -> np.ndarray:
+    r"""Orthogonal :math:`Q` with :math:`\rho_1 \otimes \rho_2 = Q \rho Q^T`: escnn may have another basis."""
+    elements = probe_elements(joint.group)
+    gram = np.zeros((joint.size**2, joint.size**2))
+    identity = np.eye(joint.size)
+    for element in elements:
+        one, two = joint.group.split_element(element)
+        row = np.kron(np.kron(first(one), second(two)), identity) - np.kron(identity, joint(element).T)
+        gram += row.T @ row / len(elements)
+    values, vectors = np.linalg.eigh(gram)
+    kernel = vectors[:, values < _TOLERANCE]
+    # Which vectors span the kernel is up to the library; what the identity is projected to is not.
+    for start in (identity, *np.eye(joint.size**2).reshape(-1, joint.size, joint.size)):
+        q = (kernel @ (kernel.T @ start.reshape(-1))).reshape(joint.size, joint.size)
+        norm = np.linalg.norm(q)
+        if norm > _TOLERANCE:
+            # Between real irreps an intertwiner is an isometry up to its scale (Schur).
+            return q * np.sqrt(joint.size) / norm
+    raise ValueError(f"expected a representation equivalent to {first} x {second}, found {joint}")
