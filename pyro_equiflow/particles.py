@@ -50,8 +50,8 @@ class MeanFreePositions(Transform):
 
     with :math:`N - 1` vectors :math:`z_a` of :math:`R^d` and Helmert's orthonormal :math:`B`. Lengths and inner
     products are kept, so the log-det is 0 and densities of positions are densities with respect to the Hausdorff
-    (surface) measure of the subspace. Rotations of the positions rotate every :math:`z_a`; :func:`particle_type` gives the field
-    type of :math:`z`.
+    (surface) measure of the subspace. Rotations of the positions rotate every :math:`z_a`; :func:`particle_type` gives
+    the field type of :math:`z`.
 
     Inverse closed form, log-det exact (0).
 

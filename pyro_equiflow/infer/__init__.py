@@ -4,9 +4,13 @@
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
+    MetropolisChain,
+    WeightedDraws,
     evidence_estimate,
     importance_weighted_bound,
     importance_weights,
+    metropolis,
+    weighted_draws,
 )
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
 
@@ -14,8 +18,12 @@ __all__ = [
     "AutoEquivariantFlow",
     "EvidenceEstimate",
     "InvarianceReport",
+    "MetropolisChain",
+    "WeightedDraws",
     "check_model_invariance",
     "evidence_estimate",
     "importance_weighted_bound",
     "importance_weights",
+    "metropolis",
+    "weighted_draws",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good is a guide: importance weights, and the bounds and diagnostics that follow from them."""
+"""How good is a guide or a flow: importance weights, what follows from them, and the Metropolis correction."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ import pyro
 import torch
 from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_equiflow.infer.latents import preserved_random_state
 
-__all__ = ["EvidenceEstimate", "evidence_estimate", "importance_weighted_bound", "importance_weights"]
+__all__ = [
+    "EvidenceEstimate",
+    "MetropolisChain",
+    "WeightedDraws",
+    "evidence_estimate",
+    "importance_weighted_bound",
+    "importance_weights",
+    "metropolis",
+    "weighted_draws",
+]
 
 
 class EvidenceEstimate(NamedTuple):
     r"""What the log weights :math:`\log w_i = \log p(z_i, y) - \log q(z_i)`, :math:`z_i \sim q`, say of a guide.
+
+    For a target :math:`p = e^{-S} / Z` known up to :math:`Z` the log evidence is :math:`\log Z`.
 
     :ivar elbo: mean of the log weights, in nats.
     :ivar elbo_stderr: its standard error.
@@ -67,9 +79,7 @@ def importance_weights(
     :return: shape ``(num_samples,)``.
     :raises ValueError: a number that is not positive.
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, found {value!r}")
+    _check_sizes(num_samples, batch_size)
     if max_plate_nesting is None:
         max_plate_nesting = _plate_nesting(model, guide, args, kwargs)
     weights = []
@@ -80,6 +90,74 @@ def importance_weights(
         )[0]
         weights.append(torch.as_tensor(found).reshape(-1))
     return torch.cat(weights)
+
+
+class WeightedDraws(NamedTuple):
+    """Draws from a distribution, and their log importance weights.
+
+    :ivar draws: shape ``(num_samples, *event_shape)``.
+    :ivar log_weights: shape ``(num_samples,)``.
+    """
+
+    draws: Tensor
+    log_weights: Tensor
+
+
+@torch.no_grad()
+def weighted_draws(
+    distribution: Distribution,
+    log_density: Callable[[Tensor], Tensor],
+    *,
+    num_samples: int = 1000,
+    batch_size: int = 1000,
+    progress: Callable[[int, int], Any] | None = None,
+) -> WeightedDraws:
+    r"""Draws from a distribution, a flow say, weighted for a target known up to a constant; no gradients.
+
+    .. math:: \log w_i = \log \tilde p(x_i) - \log q(x_i), \qquad x_i \sim q
+
+    For Pyro models and guides there is :func:`importance_weights`.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> from pyro_equiflow.infer import evidence_estimate, weighted_draws
+        >>> draws, log_weights = weighted_draws(dist.Normal(0.0, 1.0), lambda x: -x.square() / 2, num_samples=100)
+        >>> round(evidence_estimate(log_weights).log_evidence, 4)  # log of the root of 2 pi
+        0.9189
+
+    :param distribution: :math:`q`, of batch shape ``()``.
+    :param log_density: :math:`\log \tilde p`, from ``(n, *event_shape)`` to ``(n,)``.
+    :param num_samples: number of draws.
+    :param batch_size: draws made at once.
+    :param progress: called with the draws made and ``num_samples`` after each batch.
+    :raises ValueError: a number that is not positive, a distribution with a batch shape, a log-density of another
+        shape.
+    """
+    _check_sizes(num_samples, batch_size)
+    if distribution.batch_shape:
+        raise ValueError(
+            f"distribution: expected batch shape (), found {tuple(distribution.batch_shape)}; take one of the batch, "
+            "or .to_event() where all of it is one event"
+        )
+    draws, weights = [], []
+    for start in range(0, num_samples, batch_size):
+        size = min(batch_size, num_samples - start)
+        x = distribution.sample(torch.Size((size,)))
+        target = log_density(x)
+        if target.shape != (size,):
+            raise ValueError(f"log_density: expected shape ({size},), found {tuple(target.shape)}")
+        draws.append(x)
+        weights.append(target - distribution.log_prob(x))
+        if progress is not None:
+            progress(start + size, num_samples)
+    return WeightedDraws(torch.cat(draws), torch.cat(weights))
+
+
+def _check_sizes(num_samples: int, batch_size: int) -> None:
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, found {value!r}")
 
 
 def _plate_nesting(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> int:
@@ -155,3 +233,68 @@ def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[
         )
     bounds = log_weights[: groups * num_particles].view(groups, num_particles).logsumexp(1) - math.log(num_particles)
     return float(bounds.mean()), float(bounds.std()) / math.sqrt(groups)
+
+
+class MetropolisChain(NamedTuple):
+    """A Markov chain over draws, by their indices.
+
+    :ivar indices: which draw is the chain's state at each time, shape ``(n,)``; starts with draw 0.
+    :ivar acceptance_rate: share of the draws after the first that were accepted.
+    """
+
+    indices: Tensor
+    acceptance_rate: float
+
+
+@torch.no_grad()
+def metropolis(log_weights: Tensor) -> MetropolisChain:
+    r"""Independence Metropolis: independent draws become a chain whose law tends to the target.
+
+    Draw :math:`j` is accepted in state :math:`i` with probability :math:`\min(1, w_j / w_i)`, else the state stays.
+    Consecutive states are correlated; :func:`pyro.ops.stats.effective_sample_size` of an observable along the chain
+    tells how much. The uniform numbers come from torch's generator.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.infer import metropolis
+        >>> metropolis(torch.tensor([0.0, 0.0, -1000.0, 0.0]))  # proposals of equal weight are accepted
+        MetropolisChain(indices=tensor([0, 1, 1, 3]), acceptance_rate=0.666...)
+
+    :param log_weights: of independent draws, shape ``(n,)``, as of :func:`weighted_draws` or
+        :func:`importance_weights`; two at least.
+    :raises ValueError: fewer than two weights, or some that are NaN or infinite.
+
+    References: Tierney, *Markov chains for exploring posterior distributions* (1994), section 2.3.3; Albergo, Kanwar
+    and Shanahan, *Flow-based generative models for Markov chain Monte Carlo in lattice field theory* (arXiv
+    1904.12072).
+    """
+    log_weights = _checked(log_weights)
+    count = len(log_weights)
+    # In state i the first later j with log w_j - log u_j > log w_i comes next, whatever happened before. So all
+    # successors are found at once, and which of them the chain meets by pointer doubling.
+    uniform = torch.rand(count, dtype=log_weights.dtype, device=log_weights.device)
+    successors = _first_above(log_weights - (1 - uniform).log(), log_weights)
+    visited = torch.zeros(count + 1, dtype=torch.bool, device=log_weights.device)
+    visited[0] = True
+    for _ in range(count.bit_length()):
+        visited[successors[visited]] = True
+        successors = successors[successors]
+    met = visited[:count]
+    indices = torch.where(met, torch.arange(count, device=met.device), 0).cummax(0).values
+    return MetropolisChain(indices, float(met[1:].double().mean()))
+
+
+def _first_above(values: Tensor, levels: Tensor) -> Tensor:
+    """For each ``i`` the least ``j > i`` with ``values[j] > levels[i]``; ``n`` where there is none, and for ``n``."""
+    count = len(values)
+    steps = range(count.bit_length())
+    # Largest of the 2**k values from each place on; what lies past the end is above everything.
+    padded = torch.cat([values, values.new_full((2 << len(steps),), math.inf)])
+    largest = [padded]
+    for k in steps:
+        largest.append(torch.maximum(largest[k][: -(1 << k)], largest[k][1 << k :]))
+    found = torch.arange(1, count + 1, device=values.device)
+    for k in reversed(steps):
+        found = torch.where(largest[k][found] <= levels, found + (1 << k), found)
+    return torch.cat([found, found.new_tensor([count])]).clamp(max=count)
