@@ -178,3 +178,12 @@ def test_gspaces_of_unlike_names_survive_pickle():
     for space in [gspaces.flip2dOnR2(), gspaces.rot2dOnR2(-1, 5), gspaces.invOnR3(), gspaces.dihedralOnR3(4)]:
         twin = pickle.loads(pickle.dumps(space))
         assert twin == space and twin.fibergroup is space.fibergroup
+
+
+def test_probes_of_a_direct_product_meet_both_factors():
+    product = group.direct_product(group.cyclic_group(2), group.so2_group())
+    swap = group.cyclic_group(2).regular_representation
+    for left, right, permutes in [(swap.irreps[1], (0,), False), ((0,), (1,), False), ((0,), (0,), True)]:
+        representation = product.irrep(left, right)
+        assert is_permutation(representation) is permutes
+        assert len(probe_elements(product)) < len(list(product.testing_elements()))
