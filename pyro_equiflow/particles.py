@@ -145,10 +145,10 @@ def particle_type(num_particles: int, vector: Representation, *, permutations: b
     :math:`\sigma(\pi) = B^T P_\pi B` the standard representation of :math:`S_N` in the coordinates' basis.
 
     Of an irreducible ``vector`` that field is irreducible as well, so couplings and IAF have nothing to split. Residual
-    and implicit transforms take it; under a finite group their default networks are general, under a continuous one they
-    see the length of the whole field only and their maps are radial. Identical particles under continuous rotations are
-    the better served by a flow without permutations, averaged over these: :class:`~pyro_equiflow.OrbitMixture` with the
-    type that the trivial group's ``vector`` gives.
+    and implicit transforms take it; under a finite group their default networks are general, under a continuous one
+    they see the length of the whole field only and their maps are radial. Identical particles under continuous
+    rotations are the better served by a flow without permutations, averaged over these:
+    :class:`~pyro_equiflow.OrbitMixture` with the type that the trivial group's ``vector`` gives.
 
     escnn has no symmetric groups. Up to four particles they are groups that it has: :math:`S_2 = C_2`,
     :math:`S_3 = D_3`, :math:`S_4 = O`, the rotations of the cube, which permute its diagonals. From five on there is
