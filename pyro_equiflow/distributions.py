@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from escnn.nn import FieldType
 from pyro.distributions import TorchDistribution
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import act, channel_matmul, event_dim, on_grid
+from pyro_equiflow.ops.events import act, channel_matmul, channel_matrix, event_dim, on_grid
 from pyro_equiflow.ops.representations import IrrepDecomposition, validate_field_type
 
 __all__ = ["InvariantNormal", "OrbitMixture"]
@@ -196,6 +197,10 @@ class OrbitMixture(TorchDistribution):
         self.base = base
         self.field_type = field_type
         self._elements = elements
+        # Without a base space an orbit is one product of matrices, found once.
+        points = len(base.event_shape) == 1
+        matrices = np.stack([channel_matrix(field_type, ~g) for g in elements]) if points else None
+        self._constants = Constants(inverses=matrices)
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
@@ -237,5 +242,9 @@ class OrbitMixture(TorchDistribution):
         # The orbit's dimension has to stand before all of the base's batch dimensions.
         missing = len(self.batch_shape) - (value.dim() - len(self.event_shape))
         value = value[max(0, missing) * (None,)]
-        orbit = torch.stack([act(self.field_type, ~g, value) for g in self._elements])
+        inverses = self._constants.like(value)["inverses"]
+        if inverses is None:
+            orbit = torch.stack([act(self.field_type, ~g, value) for g in self._elements])
+        else:
+            orbit = (value.reshape(-1, value.shape[-1]) @ inverses.mT).view(-1, *value.shape)
         return torch.logsumexp(self.base.log_prob(orbit), 0) - math.log(len(self._elements))

@@ -17,6 +17,7 @@ __all__ = [
     "act",
     "cat_channels",
     "channel_matmul",
+    "channel_matrix",
     "check_event",
     "event_dim",
     "flatten_batch",
@@ -178,6 +179,12 @@ def _quarter_turns(group: Group) -> list[GroupElement]:
     raise ValueError(f"expected one of escnn's groups, found {group}")
 
 
+def channel_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
+    r""":math:`\rho(g)` of the whole field type, float64, shape ``(C, C)``."""
+    blocks = [torch.as_tensor(np.asarray(rep(element))) for rep in field_type.representations]
+    return torch.block_diag(*blocks).numpy()
+
+
 def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     r"""The group's action :math:`(g \cdot x)(p) = \rho(g)\, x(g^{-1} p)` on events, in the dtype of ``x``.
 
@@ -188,8 +195,7 @@ def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     spatial_dims = event_dim(field_type) - 1
     if not on_grid(field_type, element):
         raise ValueError(f"expected an element that permutes the grid, found {element}")
-    blocks = [np.asarray(rep(element)) for rep in field_type.representations]
-    matrix = torch.block_diag(*[torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in blocks])
+    matrix = torch.as_tensor(channel_matrix(field_type, element), dtype=x.dtype, device=x.device)
     if spatial_dims:
         axes, signs = signed_permutation(field_type, element)
         batch = x.dim() - spatial_dims
