@@ -96,3 +96,17 @@ def test_refused(options, message):
     arguments = {"distribution": dist.Normal(0.0, 1.0), "log_density": lambda x: -x.square(), **options}
     with pytest.raises(ValueError, match=message):
         weighted_draws(arguments.pop("distribution"), arguments.pop("log_density"), **arguments)
+
+
+def test_draws_outside_the_target_weigh_nothing():
+    """Even where the distribution's own density is no number."""
+
+    class Overflowing(dist.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value).where(value < 1, -math.inf)
+
+    q = Overflowing(torch.tensor(0.0).double(), 1.0)
+    weights = weighted_draws(q, lambda x: (-x.square() / 2).where(x < 1, -math.inf), num_samples=20_000).log_weights
+    found = evidence_estimate(weights)
+    exact = math.log(math.sqrt(2 * math.pi) * 0.8413447)
+    assert abs(found.log_evidence - exact) < 4 * found.log_evidence_stderr < 0.05

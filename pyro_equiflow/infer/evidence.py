@@ -116,7 +116,7 @@ def weighted_draws(
 
     .. math:: \log w_i = \log \tilde p(x_i) - \log q(x_i), \qquad x_i \sim q
 
-    For Pyro models and guides there is :func:`importance_weights`.
+    and :math:`-\infty` where :math:`\tilde p` vanishes. For Pyro models and guides there is :func:`importance_weights`.
 
     Example::
 
@@ -148,7 +148,8 @@ def weighted_draws(
         if target.shape != (size,):
             raise ValueError(f"log_density: expected shape ({size},), found {tuple(target.shape)}")
         draws.append(x)
-        weights.append(target - distribution.log_prob(x))
+        # Where the target vanishes, so does the weight, whether or not the distribution's density is a number there.
+        weights.append(torch.where(target == -math.inf, target, target - distribution.log_prob(x)))
         if progress is not None:
             progress(start + size, num_samples)
     return WeightedDraws(torch.cat(draws), torch.cat(weights))
