@@ -207,14 +207,14 @@ def run(arm: str, train: Tensor, test: Tensor, args: argparse.Namespace) -> Resu
 
 
 def draw(results: list[Result], test: Tensor, path: Path) -> None:
-    """Distances between particles, of the data and of each arm's draws, and the lowest of the flows' likelihoods."""
+    """Distances between particles, of the data and of each arm's draws."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(3.6 * len(results), 3.2), layout="constrained", dpi=150)
-    bins = torch.linspace(1, 8, 71).tolist()
+    bins = torch.linspace(0, 8, 81).tolist()
     for axis, r in zip([axes] if len(results) == 1 else axes, results):
         axis.hist(distances(test).flatten(), bins, density=True, color="0.8", label="data")
         axis.hist(distances(r.draws).flatten(), bins, density=True, histtype="step", color="black", label="flow")
