@@ -12,9 +12,16 @@ import sys
 from pathlib import Path
 
 TIMINGS = ("coupling_step.py", "iaf_step.py", "lipschitz_bound.py", "residual_step.py")
-EXPERIMENTS = ("checkerboard.py", "symmetric_toys.py", "ring.py", "transformers.py", "amortized.py")
-TIMINGS = ("coupling_step.py", "lipschitz_bound.py", "residual_step.py")
-EXPERIMENTS = ("checkerboard.py", "symmetric_toys.py", "ring.py", "phi4.py", "particles.py")
+EXPERIMENTS = (
+    "checkerboard.py",
+    "symmetric_toys.py",
+    "ring.py",
+    "transformers.py",
+    "amortized.py",
+    "karate.py",
+    "phi4.py",
+    "particles.py",
+)
 
 
 def main() -> int:
