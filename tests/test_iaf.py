@@ -12,6 +12,7 @@ from torch.autograd.functional import jacobian
 import pyro_equiflow as pe
 from pyro_equiflow import testing
 from pyro_equiflow.nn import Expanded, MaskedSteerableNet, SteerableConv, SteerableLinear, expand, steerable_net
+from pyro_equiflow.nn.networks import hidden_layer
 from pyro_equiflow.ops.events import act, grid_elements
 from pyro_equiflow.transforms.blocks import block_layout
 from tests.cases import field_type, point, randomize, spatial_shape
@@ -318,8 +319,8 @@ def test_few_hidden_fields_spread_evenly():
 
 
 def test_a_gate_its_length_and_its_field_share_a_degree():
-    net = make("O2", hidden_dims=(60,)).conditioner.network
-    (degrees,), gates = net.hidden_degrees, net.layers[1]
+    net = make("SO2-plane", hidden_dims=(60,)).conditioner.network
+    (degrees,), gates = net.hidden_degrees, hidden_layer(net.in_type, net.out_type, 60)
     moving = sum(count for count, _ in gates.runs)
     assert len(degrees) == gates.scalars + 2 * moving == len(gates.in_type.representations)
     assert degrees[gates.scalars : gates.scalars + moving] == degrees[gates.scalars + moving :]

@@ -4,8 +4,44 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
-__all__ = ["block_gather", "is_disjoint"]
+from pyro_equiflow.ops.constants import Constants
+
+__all__ = ["Gather", "block_gather", "is_disjoint"]
+
+
+class Gather:
+    """Entries of matrices, each one weight times a factor.
+
+    :param index: which weight stands at each entry.
+    :param factor: the factors; a weight that stands nowhere with a factor other than 0 has no effect.
+    """
+
+    def __init__(self, index: np.ndarray, factor: np.ndarray) -> None:
+        self.index, self.factor = index, factor
+        in_order = bool((index == np.arange(len(index))).all())
+        self._constants = Constants(
+            index=None if in_order else index, factor=None if bool((factor == 1).all()) else factor
+        )
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The entries, differentiable in the flat vector ``weight``."""
+        if not len(weight):
+            return weight.new_zeros(len(self))
+        constants = self._constants.like(weight)
+        entries = weight if constants["index"] is None else weight.index_select(0, constants["index"])
+        return entries if constants["factor"] is None else entries * constants["factor"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @staticmethod
+    def joined(parts: list[Gather], sizes: list[int]) -> Gather:
+        """Several gathers in one, from their weights one after the other, ``sizes`` of each."""
+        starts = np.cumsum([0, *sizes[:-1]])
+        index = [part.index + start for part, start in zip(parts, starts)]
+        return Gather(np.concatenate(index), np.concatenate([part.factor for part in parts]))
 
 
 def is_disjoint(basis: np.ndarray) -> bool:

@@ -14,12 +14,13 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
+from pyro_equiflow.nn.gated import lengths
+from pyro_equiflow.nn.gather import Gather
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
 from pyro_equiflow.nn.products import IrrepMixture
-from pyro_equiflow.ops.events import split
 
-__all__ = ["InvariantGateNet"]
+__all__ = ["InvariantGate", "InvariantGateNet"]
 
 
 class InvariantGateNet(SteerableModule):
@@ -71,32 +72,21 @@ class InvariantGateNet(SteerableModule):
         self.tensor_products = tensor_products
         self._build()
         # One tensor of weights and one of biases: an optimizer's cost goes by the number of tensors.
-        self.weight = torch.nn.Parameter(torch.zeros(sum(self._sizes), dtype=torch.float32))
-        self.bias = torch.nn.Parameter(torch.zeros(sum(self._widths[1:]), dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.zeros(sum(self._gate.sizes), dtype=torch.float32))
+        self.bias = torch.nn.Parameter(torch.zeros(sum(self._gate.widths[1:]), dtype=torch.float32))
         self.reset_parameters()
 
     def _build(self) -> None:
         """Makes what follows from the types and widths alone."""
-        self._inputs, self._outputs = inputs, outputs = IrrepParts(self.in_type), IrrepParts(self.out_type)
+        inputs, outputs = IrrepParts(self.in_type), IrrepParts(self.out_type)
         irreps_in, irreps_out = (list(zip(parts.irreps, parts.counts)) for parts in (inputs, outputs))
-        self._mixture = IrrepMixture(irreps_in, irreps_out, max(self.hidden_dims, default=0) // 4, self.tensor_products)
-        carried = self._mixture.fields
-        present = {irrep.id for irrep, _ in carried}
-        turning = [(irrep, count) for irrep, count in irreps_out if irrep.id in present]
-        self._turning = [irrep.id for irrep, _ in turning]
-        self._out = IrrepMap(carried, turning)
-        gates = sum(count for _, count in carried)
-        channels = sum(count * irrep.size for irrep, count in carried)
-        trivial_in = 0 if inputs.trivial is None else inputs.counts[inputs.trivial]
-        self._scalars_out = 0 if outputs.trivial is None else outputs.counts[outputs.trivial]
+        mixture = IrrepMixture(irreps_in, irreps_out, max(self.hidden_dims, default=0) // 4, self.tensor_products)
+        channels = sum(count * irrep.size for irrep, count in mixture.fields)
         hidden = [max(width - channels, width // 2, 1) for width in self.hidden_dims]
-        self._widths = [trivial_in + gates, *hidden, self._scalars_out + gates]
-        dense = [a * b for a, b in zip(self._widths, self._widths[1:])]
-        self._sizes = [self._mixture.num_weights, *dense, self._out.num_weights]
+        self._gate = InvariantGate(inputs, outputs, mixture, hidden, self.function)
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = ("_inputs", "_outputs", "_mixture", "_out", "_turning", "_widths", "_sizes")
-        return {k: v for k, v in self.__dict__.items() if k not in rebuilt}
+        return {k: v for k, v in self.__dict__.items() if k != "_gate"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -105,56 +95,104 @@ class InvariantGateNet(SteerableModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """He's initialisation, gates around one."""
-        dense = [np.full(a * b, 1 / math.sqrt(a)) for a, b in zip(self._widths, self._widths[1:])]
-        std = np.concatenate([self._mixture.init_std, *dense, self._out.init_std])
-        self.weight.normal_().mul_(torch.as_tensor(std, dtype=self.weight.dtype, device=self.weight.device))
-        self.bias.zero_()[len(self.bias) - self._widths[-1] + self._scalars_out :] = 1.0
+        std = torch.as_tensor(self._gate.init_std, dtype=self.weight.dtype, device=self.weight.device)
+        self.weight.normal_().mul_(std)
+        self.bias.copy_(torch.as_tensor(self._gate.init_bias))
 
     @torch.no_grad()
     def zero_output(self) -> None:
         """Makes the output zero everywhere: the start of a transform that is the identity."""
-        *_, last, out = self.weight.split(self._sizes)
-        out.zero_()
-        last.view(self._widths[-1], self._widths[-2])[: self._scalars_out] = 0.0
-        self.bias.split(self._widths[1:])[-1][: self._scalars_out] = 0.0
+        self.weight.masked_fill_(torch.as_tensor(self._gate.last, device=self.weight.device), 0.0)
+        self.bias.split(self._gate.widths[1:])[-1][: self._gate.scalars_out] = 0.0
 
     def expanded(self) -> Expanded:
         """The map above on plain tensors; irreps with channels outermost in memory, scalars with samples outermost."""
-        mix, *dense, out = self.weight.split(self._sizes)
-        mixing, turning = self._mixture.expand(mix), self._out.expand(out)
+        return self._gate.expanded(self._gate.gather(self.weight), self.bias)
+
+
+class InvariantGate:
+    """The map of :class:`InvariantGateNet`, given the entries of all its matrices and its biases, flat.
+
+    :param inputs: irreps of the input.
+    :param outputs: irreps of the output.
+    :param mixture: the intertwiner that gives the irreps carried along.
+    :param hidden: channels of the MLP's hidden layers.
+    :param function: the MLP's function.
+    :ivar widths: channels of the MLP's layers, input and output included.
+    :ivar sizes: numbers of weights: of the mixture, of the MLP's layers, of the last intertwiner.
+    :ivar gather: from the weights to the entries.
+    :ivar gated: which irreps of the mixture the output holds.
+    :ivar init_std: standard deviations of the weights that keep unit variance (He).
+    :ivar init_bias: biases of gates that are one and else nothing.
+    :ivar last: which weights make the output zero if they are.
+    """
+
+    def __init__(
+        self,
+        inputs: IrrepParts,
+        outputs: IrrepParts,
+        mixture: IrrepMap | IrrepMixture,
+        hidden: Sequence[int],
+        function: str,
+    ) -> None:
+        self._inputs, self._outputs, self._mixture, self._function = inputs, outputs, mixture, FUNCTIONS[function]
+        counts = {irrep.id: count for irrep, count in zip(outputs.irreps, outputs.counts)}
+        self.gated = [i for i, (irrep, _) in enumerate(mixture.fields) if irrep.id in counts]
+        carried = [mixture.fields[i] for i in self.gated]
+        self._turning = [irrep.id for irrep, _ in carried]
+        self.out = IrrepMap(carried, [(irrep, counts[irrep.id]) for irrep, _ in carried])
+        self._gates = [count for _, count in carried]
+        scalars_in, self.scalars_out = (0 if p.trivial is None else p.counts[p.trivial] for p in (inputs, outputs))
+        scalars_in += sum(count for _, count in mixture.fields)
+        self.widths = [scalars_in, *hidden, self.scalars_out + sum(self._gates)]
+        dense = [a * b for a, b in zip(self.widths, self.widths[1:])]
+        self.sizes = [mixture.num_weights, *dense, self.out.num_weights]
+        std = [np.full(a * b, 1 / math.sqrt(max(a, 1))) for a, b in zip(self.widths, self.widths[1:])]
+        self.init_std = np.concatenate([mixture.init_std, *std, self.out.init_std])
+        self.init_bias = np.repeat([0.0, 1.0], [sum(self.widths[1:]) - sum(self._gates), sum(self._gates)])
+        whole = [Gather(np.arange(size), np.ones(size)) for size in dense]
+        gathers = [mixture.gather, *whole, self.out.gather]
+        self._entries = [len(gather) for gather in gathers]
+        self.gather = Gather.joined(gathers, self.sizes)
+        to_scalars = self.widths[-2] * self.scalars_out
+        ends = [sum(self.sizes[:-2]), to_scalars, dense[-1] - to_scalars, self.sizes[-1]]
+        self.last = np.repeat([False, True, False, True], ends)
+
+    def expanded(self, entries: Tensor, bias: Tensor) -> Expanded:
+        """The map on plain tensors; irreps with channels outermost in memory, scalars with samples outermost."""
+        mix, *dense, out = entries.split(self._entries)
+        mixing, turning = self._mixture.matrices(mix), self.out.matrices(out)
         layers: list[Tensor] = []
-        for flat, bias in zip(dense, self.bias.split(self._widths[1:])):
-            layers += [flat.view(len(bias), -1), bias]
+        for flat, own, width in zip(dense, bias.split(self.widths[1:]), self.widths):
+            layers += [flat.view(len(own), width), own]
         inputs, outputs, mixture = self._inputs, self._outputs, self._mixture
-        for constants in (inputs, outputs, mixture):
-            constants.prepare(self.weight)
-        counts = [count for count, _ in mixture.shapes]
+        for constants in (inputs, outputs):
+            constants.prepare(entries)
         start, stop = len(mixing), len(mixing) + len(layers)
+        function, gated, shapes = self._function, self.gated, [(count, irrep.size) for irrep, count in mixture.fields]
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
             parts = inputs.split(x.mT)
-            scalars = [] if inputs.trivial is None else [parts[inputs.trivial].mT]
-            fields = mixture.apply(parts, tensors[:start])
+            scalars = [x[:, :0]] if inputs.trivial is None else [parts[inputs.trivial].mT]
+            fields = [v.unflatten(0, s) for v, s in zip(mixture.apply(parts, tensors[:start]), shapes)]
             if fields:
-                squares = [(v * v).sum(1) for v in fields]
-                lengths = (torch.cat(squares) if len(squares) > 1 else squares[0]).add(1.0).sqrt()
-                scalars.append(lengths.mT)
+                found_lengths = [lengths(v) for v in fields]
+                joined = torch.cat(found_lengths) if len(fields) > 1 else found_lengths[0]
+                scalars = [joined.mT] if inputs.trivial is None else [*scalars, joined.mT]
             h = torch.cat(scalars, -1) if len(scalars) > 1 else scalars[0]
-            for index in range(start, stop, 2):
-                h = F.linear(function(h) if index > start else h, tensors[index], tensors[index + 1])
-            t, u = h.split([scalars_out, h.shape[1] - scalars_out], 1)
+            for index in range(start, stop - 2, 2):
+                h = function(F.linear(h, tensors[index], tensors[index + 1]))
+            # In columns, as the irreps stand.
+            h = torch.addmm(tensors[stop - 1].unsqueeze(1), tensors[stop - 2], h.mT)
+            t, *gates = h.split([self.scalars_out, *self._gates])
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
-                found[outputs.ids[outputs.trivial]] = t.mT
-            if turns:
-                gates = split(u.mT.contiguous(), counts)
-                gated = [(v * gate.unsqueeze(1)).flatten(0, 1) for v, gate in zip(fields, gates)]
-                found |= zip(self._turning, self._out.apply(gated, tensors[stop:]))
+                found[outputs.ids[outputs.trivial]] = t
+            turned = [(fields[i] * gate.unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
+            found |= zip(self._turning, self.out.apply(turned, tensors[stop:]))
             for name, size in zip(outputs.ids, outputs.sizes):
                 if name not in found:  # an irrep that neither the input nor a product holds
                     found[name] = x.new_zeros(size, x.shape[-2])
-            present = [found[name] for name in outputs.ids]
-            return outputs.merge(present).mT
+            return outputs.merge([found[name] for name in outputs.ids]).mT
 
-        function, scalars_out, turns = FUNCTIONS[self.function], self._scalars_out, bool(turning)
         return Expanded(fn, (*mixing, *layers, *turning))

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from escnn import nn as enn
 from escnn.group import Representation
+from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
 from pyro_equiflow.nn.expansion_plan import JointExpansion
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
-from pyro_equiflow.nn.networks import check_network, hidden_layer
+from pyro_equiflow.nn.masked_invariant import MaskedInvariantGate, evenly, useful_degrees
+from pyro_equiflow.nn.networks import check_network, gates_by_invariants, hidden_layer
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
 
 __all__ = ["MaskedSteerableNet"]
@@ -30,10 +32,12 @@ class MaskedSteerableNet(SteerableModule):
     \partial\, \mathrm{in}_j = 0` wherever :math:`d_i \le d_j`: exactly, since masked weights do not exist. On grids
     masks act on whole kernels, never on positions, or equivariance would be lost.
 
-    Hidden layers are those of :func:`steerable_net`: regular fields with a pointwise function for finite groups,
-    scalars and irreps with :class:`GatedNonLinearity` for continuous ones, where a field, its gate and its length
-    have one degree. Degrees spread evenly over those that can be of use, kind by kind of field. Where a layer has too
-    few fields for all of them, all layers keep to those it has: nothing hidden leads into a dead end.
+    The network is that of :func:`steerable_net`: regular fields with a pointwise function for finite groups; for
+    continuous ones on points that of :class:`InvariantGateNet` without tensor products (handedness under SO(3), and how
+    irreps of different frequency stand to each other, are not seen), on grids scalars and irreps with
+    :class:`GatedNonLinearity`. A field, its gate and its length have one degree. Degrees spread evenly over those that
+    can be of use, kind by kind of field. Where a layer has too few fields for all of them, all layers keep to those it
+    has: nothing hidden leads into a dead end.
 
     Example::
 
@@ -58,7 +62,6 @@ class MaskedSteerableNet(SteerableModule):
     :param kernel_size: points a side of the kernels (odd); grids only.
     :param padding_mode: ``"zeros"`` or ``"circular"``; grids only.
     :param zero_init: whether the last layer starts at zero.
-    :ivar hidden_degrees: for each hidden layer a degree for each of its fields.
     :ivar weight: the free weights of all layers, one after the other.
     :ivar bias: the free biases of all layers.
     :raises ValueError: unlike gspaces, not one degree a field, a size that is not positive, an unknown nonlinearity.
@@ -89,7 +92,44 @@ class MaskedSteerableNet(SteerableModule):
             hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function)
             for width in hidden_dims
         ]
-        self.hidden_degrees = self._spread(hidden)
+        degrees = self.in_degrees, self.out_degrees
+        # Not in the module tree, where it would be walked over at every call: parameters are the network's alone.
+        self._map: MaskedInvariantGate | MaskedLayers
+        if gates_by_invariants(in_type, out_type, hidden):
+            self._map = MaskedInvariantGate(in_type, out_type, *degrees, hidden_dims, function)
+        else:
+            self._map = MaskedLayers(in_type, out_type, *degrees, hidden, kernel_size, padding_mode)
+        # One tensor of weights and one of biases: an optimizer's cost goes by the number of tensors.
+        weight, bias = self._map.initial(zero_init)
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+
+    @property
+    def hidden_degrees(self) -> list[list[int]]:
+        """For each hidden layer a degree for each of its fields."""
+        return self._map.hidden_degrees
+
+    def expanded(self) -> Expanded:
+        """The network on plain tensors, weights expanded from the present parameters."""
+        return self._map.expanded(self.weight, self.bias)
+
+
+class MaskedLayers:
+    """Linear layers with masks between fields, and nonlinearities between them.
+
+    Parameters as of :class:`MaskedSteerableNet`, with ``hidden`` the nonlinearities.
+    """
+
+    def __init__(
+        self,
+        in_type: enn.FieldType,
+        out_type: enn.FieldType,
+        in_degrees: Sequence[int],
+        out_degrees: Sequence[int],
+        hidden: Sequence[PointwiseNonLinearity | FieldGates],
+        kernel_size: int,
+        padding_mode: str,
+    ) -> None:
+        self.hidden_degrees = _spread(in_type, in_degrees, out_degrees, hidden)
 
         def linear(a: enn.FieldType, b: enn.FieldType, mask: np.ndarray) -> SteerableLinear | SteerableConv:
             if in_type.gspace.dimensionality == 0:
@@ -97,16 +137,11 @@ class MaskedSteerableNet(SteerableModule):
             return SteerableConv(a, b, kernel_size, padding_mode=padding_mode, mask=mask)
 
         linears: list[SteerableLinear | SteerableConv] = []
-        present, degrees = in_type, self.in_degrees
+        present, degrees = in_type, in_degrees
         for layer, own in zip(hidden, self.hidden_degrees):
             linears.append(linear(present, layer.in_type, np.greater_equal.outer(own, degrees)))
             present, degrees = layer.out_type, own
-        linears.append(linear(present, out_type, np.greater.outer(self.out_degrees, degrees)))
-        if zero_init:
-            torch.nn.init.zeros_(linears[-1].weight)
-        weights, biases = zip(*(layer.give_parameters() for layer in linears))
-        self.weight, self.bias = torch.nn.Parameter(torch.cat(weights)), torch.nn.Parameter(torch.cat(biases))
-        # Not in the module tree: they have no parameters any more, and a walk over it costs at every call.
+        linears.append(linear(present, out_type, np.greater.outer(out_degrees, degrees)))
         self._linears, self._hidden = tuple(linears), tuple(hidden)
         self._build()
 
@@ -119,47 +154,54 @@ class MaskedSteerableNet(SteerableModule):
         return {k: v for k, v in self.__dict__.items() if k != "_joint"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        self.__dict__.update(state)
         self._build()
 
-    @property
-    def layers(self) -> list[SteerableModule]:
-        """Linear layers and nonlinearities in turn; the parameters of all are the network's own."""
-        between = [layer for pair in zip(self._linears, self._hidden) for layer in pair]
-        return [*between, self._linears[-1]]
+    def initial(self, zero_init: bool) -> tuple[Tensor, Tensor]:
+        """Takes the layers' own weights and biases over; the last weights are zero if asked for."""
+        if zero_init:
+            torch.nn.init.zeros_(self._linears[-1].weight)
+        weights, biases = zip(*(layer.give_parameters() for layer in self._linears))
+        return torch.cat(weights), torch.cat(biases)
 
-    def expanded(self) -> Expanded:
-        """The layers one after the other, weights expanded from the present parameters."""
-        expanded = zip(self._linears, self._joint.filters(self.weight), self._joint.biases(self.bias))
+    def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
+        """The layers one after the other."""
+        expanded = zip(self._linears, self._joint.filters(weight), self._joint.biases(bias))
         linears = [layer.with_filter(weight, bias) for layer, weight, bias in expanded]
         between = [part for pair in zip(linears, map(expand, self._hidden)) for part in pair]
         return chained([*between, linears[-1]])
 
-    def _spread(self, hidden: Sequence[PointwiseNonLinearity | FieldGates]) -> list[list[int]]:
-        """Degrees of every hidden field."""
-        # A hidden field of the highest output's degree would be seen by nobody.
-        useful = sorted({d for d in self.in_degrees if d < max(self.out_degrees)}) or [min(self.in_degrees)]
-        kinds = [_kinds(layer) for layer in hidden]
-        counts = [Counter(names) for names in kinds]
-        levels = {
-            kind: _evenly(self._visible(kind, useful), min(count[kind] for count in counts))
-            for kind in dict.fromkeys(kind for names in kinds for kind in names)
-        }
-        spread = []
-        for layer, names, count in zip(hidden, kinds, counts):
-            left = {kind: iter(_evenly(list(dict.fromkeys(levels[kind])), count[kind])) for kind in count}
-            degrees = [next(left[kind]) for kind in names]
-            # The type of a gate: scalars, one gate a field, the fields; and the lengths take the gates' places.
-            spread.append(degrees + degrees[layer.scalars :] if isinstance(layer, FieldGates) else degrees)
-        return spread
 
-    def _visible(self, kind: Representation, useful: list[int]) -> list[int]:
-        """The degrees at which a field has something to see: on a point irreps see their like only."""
-        if self.in_type.gspace.dimensionality > 0 or kind.is_trivial() or len(kind.irreps) > 1:
-            return useful
-        fields = zip(self.in_type.representations, self.in_degrees)
-        first = min((degree for field, degree in fields if kind.irreps[0] in field.irreps), default=useful[0])
-        return [degree for degree in useful if degree >= first] or useful
+def _spread(
+    in_type: enn.FieldType,
+    in_degrees: Sequence[int],
+    out_degrees: Sequence[int],
+    hidden: Sequence[PointwiseNonLinearity | FieldGates],
+) -> list[list[int]]:
+    """Degrees of every hidden field."""
+    useful = useful_degrees(in_degrees, out_degrees)
+    kinds = [_kinds(layer) for layer in hidden]
+    counts = [Counter(names) for names in kinds]
+    levels = {
+        kind: evenly(_visible(in_type, in_degrees, kind, useful), min(count[kind] for count in counts))
+        for kind in dict.fromkeys(kind for names in kinds for kind in names)
+    }
+    spread = []
+    for layer, names, count in zip(hidden, kinds, counts):
+        left = {kind: iter(evenly(list(dict.fromkeys(levels[kind])), count[kind])) for kind in count}
+        degrees = [next(left[kind]) for kind in names]
+        # The type of a gate: scalars, one gate a field, the fields; and the lengths take the gates' places.
+        spread.append(degrees + degrees[layer.scalars :] if isinstance(layer, FieldGates) else degrees)
+    return spread
+
+
+def _visible(in_type: enn.FieldType, in_degrees: Sequence[int], kind: Representation, useful: list[int]) -> list[int]:
+    """The degrees at which a field has something to see: on a point irreps see their like only."""
+    if in_type.gspace.dimensionality > 0 or kind.is_trivial() or len(kind.irreps) > 1:
+        return useful
+    fields = zip(in_type.representations, in_degrees)
+    first = min((degree for field, degree in fields if kind.irreps[0] in field.irreps), default=useful[0])
+    return [degree for degree in useful if degree >= first] or useful
 
 
 def _kinds(layer: PointwiseNonLinearity | FieldGates) -> list[Representation]:
@@ -169,11 +211,6 @@ def _kinds(layer: PointwiseNonLinearity | FieldGates) -> list[Representation]:
         moving = sum(count for count, _ in layer.runs)
         return fields[: layer.scalars] + fields[layer.scalars + moving :]
     return fields
-
-
-def _evenly(levels: list[int], count: int) -> list[int]:
-    """``count`` values spread over ``levels``, all of them where there is room, else about the middle of each share."""
-    return [levels[(2 * i + 1) * len(levels) // (2 * count)] for i in range(count)]
 
 
 def _checked(name: str, degrees: Sequence[int], field_type: enn.FieldType) -> list[int]:

@@ -16,7 +16,7 @@ from pyro_equiflow.nn.nonlinearities import FieldGates, GatedNonLinearity, Point
 from pyro_equiflow.nn.parts import IrrepParts
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
 
-__all__ = ["check_network", "hidden_layer", "lipschitz_net", "steerable_net"]
+__all__ = ["check_network", "gates_by_invariants", "hidden_layer", "lipschitz_net", "steerable_net"]
 
 
 def steerable_net(
@@ -58,7 +58,7 @@ def steerable_net(
     layers = [
         hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
     ]
-    if IrrepParts.fit(in_type) and IrrepParts.fit(out_type) and any(isinstance(layer, FieldGates) for layer in layers):
+    if gates_by_invariants(in_type, out_type, layers):
         net = InvariantGateNet(in_type, out_type, hidden_dims, function)
         if zero_init:
             net.zero_output()
@@ -124,6 +124,14 @@ def check_network(in_type: enn.FieldType, out_type: enn.FieldType, hidden_dims: 
         raise ValueError(f"expected types over one gspace, found {in_type.gspace} and {out_type.gspace}")
     if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
         raise ValueError(f"hidden_dims: expected positive integers, found {tuple(hidden_dims)}")
+
+
+def gates_by_invariants(
+    in_type: enn.FieldType, out_type: enn.FieldType, layers: Sequence[PointwiseNonLinearity | FieldGates]
+) -> bool:
+    """Whether a network of invariants takes the place of hidden layers with gates."""
+    gated = any(isinstance(layer, FieldGates) for layer in layers)
+    return gated and IrrepParts.fit(in_type) and IrrepParts.fit(out_type)
 
 
 def _sequence(

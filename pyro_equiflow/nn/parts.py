@@ -17,7 +17,7 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
-from pyro_equiflow.nn.gather import block_gather
+from pyro_equiflow.nn.gather import Gather, block_gather
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import IrrepDecomposition
@@ -29,16 +29,18 @@ class IrrepParts:
     """Which channels of a field type hold which irrep, the irreps in order of first appearance.
 
     :param field_type: a type with no base space in the basis of its irreps, see :meth:`fit`.
+    :ivar fields: for each irrep the fields in which it stands, one for each time.
     """
 
     def __init__(self, field_type: enn.FieldType) -> None:
         self.irreps: list[IrreducibleRepresentation] = []
-        self.counts: list[int] = []
+        self.fields: list[list[int]] = []
         rows = []
         for irrep, blocks in IrrepDecomposition(field_type).isotypic():
             self.irreps.append(irrep)
-            self.counts.append(len(blocks))
+            self.fields.append([block.field for block in blocks])
             rows.append(np.concatenate([np.arange(b.start, b.start + b.size) for b in blocks]))
+        self.counts = [len(fields) for fields in self.fields]
         self.ids = [irrep.id for irrep in self.irreps]
         self.sizes = [len(r) for r in rows]
         self.trivial = next((i for i, irrep in enumerate(self.irreps) if irrep.is_trivial()), None)
@@ -72,6 +74,8 @@ class IrrepMap:
 
     :param inputs: irreps and their multiplicities; those that the output lacks are not read.
     :param outputs: irreps and their multiplicities; each has to be among the inputs.
+    :ivar fields: the outputs.
+    :ivar gather: from the weights to the entries of all matrices.
     :ivar init_std: standard deviations of the weights that keep unit variance (He).
     """
 
@@ -80,9 +84,10 @@ class IrrepMap:
         inputs: Sequence[tuple[IrreducibleRepresentation, int]],
         outputs: Sequence[tuple[IrreducibleRepresentation, int]],
     ) -> None:
+        self.fields = list(outputs)
         ids = [irrep.id for irrep, _ in inputs]
         self._blocks: list[tuple[int, int, int, int, int]] = []  # part read, outputs, inputs, algebra, size
-        arrays: dict[str, np.ndarray] = {}
+        gathers, self._shapes = [Gather(np.zeros(0, dtype=np.int64), np.zeros(0))], []
         std = [np.zeros(0)]
         for irrep, n_out in outputs:
             source = ids.index(irrep.id)
@@ -91,29 +96,33 @@ class IrrepMap:
             if len(algebra) > 1:
                 # The units of complex numbers and quaternions share no entry: each entry is one weight or minus it.
                 index, sign = block_gather(algebra, np.ones((n_out, n_in), dtype=bool))
-                arrays |= {f"index{len(self._blocks)}": index.ravel(), f"sign{len(self._blocks)}": sign}
+            else:
+                index, sign = np.arange(n_out * n_in).reshape(n_out, n_in), np.ones((n_out, n_in))
+            gathers.append(Gather(index.ravel(), sign.ravel()))
+            self._shapes.append(index.shape)
             self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
             std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))
-        self._constants = Constants(**arrays)
         self.init_std = np.concatenate(std)
         self.num_weights = len(self.init_std)
+        self.gather = Gather.joined(gathers, [len(own) for own in std])
 
     def expand(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real."""
-        matrices = []
-        sizes = [n_out * n_in * number for _, n_out, n_in, number, _ in self._blocks]
-        for i, (flat, (_, n_out, n_in, number, _)) in enumerate(zip(split(weight, sizes), self._blocks)):
-            if number == 1:
-                matrices.append(flat.view(n_out, n_in))
-                continue
-            constants = self._constants.like(weight)
-            signs = constants[f"sign{i}"]
-            matrices.append(flat.index_select(0, constants[f"index{i}"]).view(signs.shape) * signs)
-        return tuple(matrices)
+        return self.matrices(self.gather(weight))
+
+    def matrices(self, entries: Tensor) -> tuple[Tensor, ...]:
+        """The same matrices from all of their entries, in the order of :attr:`gather`."""
+        parts = split(entries, [rows * columns for rows, columns in self._shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self._shapes))
 
     def is_real(self, index: int) -> bool:
         """Whether the endomorphisms of the output's irrep ``index`` are multiples of the identity."""
         return self._blocks[index][3] == 1
+
+    def per_weight(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """For every weight the value of its pair of fields, ``(fields out, fields in)`` an output irrep."""
+        found = [np.repeat(own, block[3]) for own, block in zip(values, self._blocks)]
+        return np.concatenate([np.zeros(0), *found])
 
     def apply(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
         """The images, one tensor ``(count * size, batch)`` an output irrep."""

@@ -10,6 +10,7 @@ import torch
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
+from pyro_equiflow.nn.gather import Gather
 from pyro_equiflow.nn.parts import IrrepMap
 from pyro_equiflow.ops.constants import Constants
 
@@ -84,6 +85,7 @@ class IrrepMixture:
     :param width: channels aimed at; each irrep has at least its multiplicity.
     :param tensor_products: whether products may be taken.
     :ivar fields: irreps of the mixture and their multiplicities.
+    :ivar gather: from ``num_weights`` weights to the entries of all matrices.
     """
 
     def __init__(
@@ -116,33 +118,28 @@ class IrrepMixture:
             self._gathered = list(gathered)
             self.fields = [(irrep, max(share, wanted[irrep.id][1])) for irrep, _ in gathered.values()]
             self._second = IrrepMap(list(gathered.values()), self.fields)
-        self.shapes = [(count, irrep.size) for irrep, count in self.fields]
         maps = [m for m in (self._first, self._second) if m is not None]
         self.init_std = np.concatenate([m.init_std for m in maps])
         self.num_weights = len(self.init_std)
+        self.gather = Gather.joined([m.gather for m in maps], [m.num_weights for m in maps])
 
-    def prepare(self, x: Tensor) -> None:
-        """See :meth:`IrrepProducts.prepare`."""
-        if self._products is not None:
-            self._products.prepare(x)
-
-    def expand(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The matrices of one mixture or of both, from a flat vector of ``num_weights`` numbers."""
-        if self._second is None:
-            return self._first.expand(weight)
-        first, second = weight.split([self._first.num_weights, self._second.num_weights])
-        return (*self._first.expand(first), *self._second.expand(second))
+    def matrices(self, entries: Tensor) -> tuple[Tensor, ...]:
+        """The matrices of one mixture or of both, from all of their entries in the order of :attr:`gather`."""
+        if self._products is None or self._second is None:
+            return self._first.matrices(entries)
+        self._products.prepare(entries)
+        first, second = entries.split([len(self._first.gather), len(self._second.gather)])
+        return (*self._first.matrices(first), *self._second.matrices(second))
 
     def apply(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-        """The mixture, one tensor ``(count, size, batch)`` an irrep, of parts ``(count * size, batch)``."""
+        """The mixture, one tensor ``(count * size, batch)`` an irrep, of parts likewise."""
         mixed = self._first.apply(parts, matrices[: len(self._shapes)])
-        fields = [v.unflatten(0, shape) for v, shape in zip(mixed, self._shapes)]
         if self._products is None or self._second is None:
-            return fields
+            return mixed
+        fields = [v.unflatten(0, shape) for v, shape in zip(mixed, self._shapes)]
         together: dict[tuple, list[Tensor]] = {name: [] for name in self._gathered}
         products = zip((irrep.id for irrep, _ in self._products.outputs), self._products.apply(fields))
         for name, field in (*zip(self._order, fields), *products):
             together[name].append(field.flatten(0, 1))
         gathered = [torch.cat(group) if len(group) > 1 else group[0] for group in together.values()]
-        mixed = self._second.apply(gathered, matrices[len(self._shapes) :])
-        return [v.unflatten(0, shape) for v, shape in zip(mixed, self.shapes)]
+        return self._second.apply(gathered, matrices[len(self._shapes) :])
