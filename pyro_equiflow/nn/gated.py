@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates and lengths of irreps in few passes over memory and few calls, for one backward pass."""
+"""Gates on irreps in few passes over memory and few calls, for one backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_equiflow.ops.tracing import is_traced
 
-__all__ = ["Gates", "lengths"]
+__all__ = ["Gates"]
 
 
 class Gates:
@@ -110,34 +110,3 @@ class _Gated(torch.autograd.Function):
                 value = ctx.gates.plain(x)
             return torch.autograd.grad(value, x, upstream, create_graph=graph)[0], None
         return ctx.gates.gradient(upstream, x, out, sigmoids), None
-
-
-def lengths(v: Tensor) -> Tensor:
-    r"""The lengths :math:`\sqrt{1 + |v_i|^2}`, differentiable to any order.
-
-    :param v: shape ``(number, size, batch)``.
-    :return: shape ``(number, batch)``.
-    """
-    if v.requires_grad and torch.is_grad_enabled() and not is_traced():
-        return _Lengths.apply(v)
-    return _lengths(v)
-
-
-def _lengths(v: Tensor) -> Tensor:
-    return (v * v).sum(1).add(1.0).sqrt()
-
-
-class _Lengths(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, v: Tensor) -> Tensor:
-        out = (v * v).sum(1).add_(1.0).sqrt_()
-        ctx.save_for_backward(v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Tensor:
-        (upstream,) = upstreams
-        v, out = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted: what was kept has none to v
-            out = _lengths(v)
-        return v * (upstream / out).unsqueeze(1)

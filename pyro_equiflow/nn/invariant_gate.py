@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
-from pyro_equiflow.nn.gated import lengths
 from pyro_equiflow.nn.gather import Gather
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
@@ -159,12 +157,12 @@ class InvariantGate:
         self.last = np.repeat([False, True, False, True], ends)
 
     def expanded(self, entries: Tensor, bias: Tensor) -> Expanded:
-        """The map on plain tensors; irreps with channels outermost in memory, scalars with samples outermost."""
+        """The map on plain tensors, channels outermost in memory."""
         mix, *dense, out = entries.split(self._entries)
         mixing, turning = self._mixture.matrices(mix), self.out.matrices(out)
         layers: list[Tensor] = []
-        for flat, own, width in zip(dense, bias.split(self.widths[1:]), self.widths):
-            layers += [flat.view(len(own), width), own]
+        for flat, own, width in zip(dense, bias.unsqueeze(1).split(self.widths[1:]), self.widths):
+            layers += [own, flat.view(len(own), width)]
         inputs, outputs, mixture = self._inputs, self._outputs, self._mixture
         for constants in (inputs, outputs):
             constants.prepare(entries)
@@ -173,17 +171,13 @@ class InvariantGate:
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
             parts = inputs.split(x.mT)
-            scalars = [x[:, :0]] if inputs.trivial is None else [parts[inputs.trivial].mT]
-            fields = [v.unflatten(0, s) for v, s in zip(mixture.apply(parts, tensors[:start]), shapes)]
-            if fields:
-                found_lengths = [lengths(v) for v in fields]
-                joined = torch.cat(found_lengths) if len(fields) > 1 else found_lengths[0]
-                scalars = [joined.mT] if inputs.trivial is None else [*scalars, joined.mT]
-            h = torch.cat(scalars, -1) if len(scalars) > 1 else scalars[0]
-            for index in range(start, stop - 2, 2):
-                h = function(F.linear(h, tensors[index], tensors[index + 1]))
-            # In columns, as the irreps stand.
-            h = torch.addmm(tensors[stop - 1].unsqueeze(1), tensors[stop - 2], h.mT)
+            fields = [v.view(*s, -1) for v, s in zip(mixture.apply(parts, tensors[:start]), shapes)]
+            scalars = [(v * v).sum(1).add(1.0).sqrt() for v in fields]
+            if inputs.trivial is not None or not fields:
+                scalars.insert(0, x.mT[:0] if inputs.trivial is None else parts[inputs.trivial])
+            h = torch.cat(scalars) if len(scalars) > 1 else scalars[0]
+            for index in range(start, stop, 2):
+                h = torch.addmm(tensors[index], tensors[index + 1], function(h) if index > start else h)
             t, *gates = h.split([self.scalars_out, *self._gates])
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
