@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from escnn import nn as enn
+from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
@@ -18,7 +19,7 @@ from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
 from pyro_equiflow.nn.products import IrrepMixture
 
-__all__ = ["InvariantGate", "InvariantGateNet"]
+__all__ = ["InvariantGate", "InvariantGateNet", "hidden_widths"]
 
 
 class InvariantGateNet(SteerableModule):
@@ -45,7 +46,7 @@ class InvariantGateNet(SteerableModule):
     :param hidden_dims: channels of the hidden layers, the irreps carried along counted in (to at most one half).
     :param function: the MLP's function, see :class:`PointwiseNonLinearity`.
     :param tensor_products: whether to take products where they add something.
-    :raises ValueError: a type that holds anything but irreps.
+    :raises ValueError: a type that holds anything but irreps, an unknown function.
 
     Reference: gates as in Weiler et al., *3D Steerable CNNs* (arXiv 1807.02547), section 4.2.
     """
@@ -62,8 +63,6 @@ class InvariantGateNet(SteerableModule):
         for name, field_type in (("in_type", in_type), ("out_type", out_type)):
             if not IrrepParts.fit(field_type):
                 raise ValueError(f"{name}: expected irreps with no base space, found {field_type}")
-        if function not in FUNCTIONS:
-            raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
         super().__init__(in_type, out_type)
         self.function = function
         self.hidden_dims = tuple(hidden_dims)
@@ -79,8 +78,7 @@ class InvariantGateNet(SteerableModule):
         inputs, outputs = IrrepParts(self.in_type), IrrepParts(self.out_type)
         irreps_in, irreps_out = (list(zip(parts.irreps, parts.counts)) for parts in (inputs, outputs))
         mixture = IrrepMixture(irreps_in, irreps_out, max(self.hidden_dims, default=0) // 4, self.tensor_products)
-        channels = sum(count * irrep.size for irrep, count in mixture.fields)
-        hidden = [max(width - channels, width // 2, 1) for width in self.hidden_dims]
+        hidden = hidden_widths(self.hidden_dims, mixture.fields)
         self._gate = InvariantGate(inputs, outputs, mixture, hidden, self.function)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,6 +106,12 @@ class InvariantGateNet(SteerableModule):
         return self._gate.expanded(self._gate.gather(self.weight), self.bias)
 
 
+def hidden_widths(hidden_dims: Sequence[int], carried: Sequence[tuple[IrreducibleRepresentation, int]]) -> list[int]:
+    """Channels of the MLP's hidden layers: those that the irreps carried along leave, at least one half."""
+    channels = sum(count * irrep.size for irrep, count in carried)
+    return [max(width - channels, width // 2, 1) for width in hidden_dims]
+
+
 class InvariantGate:
     """The map of :class:`InvariantGateNet`, given the entries of all its matrices and its biases, flat.
 
@@ -123,6 +127,7 @@ class InvariantGate:
     :ivar init_std: standard deviations of the weights that keep unit variance (He).
     :ivar init_bias: biases of gates that are one and else nothing.
     :ivar last: which weights make the output zero if they are.
+    :raises ValueError: an unknown function.
     """
 
     def __init__(
@@ -133,6 +138,8 @@ class InvariantGate:
         hidden: Sequence[int],
         function: str,
     ) -> None:
+        if function not in FUNCTIONS:
+            raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
         self._inputs, self._outputs, self._mixture, self._function = inputs, outputs, mixture, FUNCTIONS[function]
         counts = {irrep.id: count for irrep, count in zip(outputs.irreps, outputs.counts)}
         self.gated = [i for i, (irrep, _) in enumerate(mixture.fields) if irrep.id in counts]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded
 from pyro_equiflow.nn.gather import Gather
-from pyro_equiflow.nn.invariant_gate import InvariantGate
+from pyro_equiflow.nn.invariant_gate import InvariantGate, hidden_widths
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
 
 __all__ = ["MaskedInvariantGate", "evenly", "useful_degrees"]
@@ -40,6 +40,7 @@ class MaskedInvariantGate:
     :param hidden_dims: channels of the hidden layers, see :class:`~pyro_equiflow.nn.InvariantGateNet`.
     :param function: the MLP's function.
     :ivar hidden_degrees: for each hidden layer of the MLP a degree for each of its channels.
+    :raises ValueError: an unknown function.
     """
 
     def __init__(
@@ -53,47 +54,40 @@ class MaskedInvariantGate:
     ) -> None:
         self._arguments = (in_type, out_type, in_degrees, out_degrees, hidden_dims, function)
         inputs, outputs = IrrepParts(in_type), IrrepParts(out_type)
+        given, wanted = _by_irrep(inputs, in_degrees), _by_irrep(outputs, out_degrees)
         useful = useful_degrees(in_degrees, out_degrees)
-        given = {name: [in_degrees[f] for f in fields] for name, fields in zip(inputs.ids, inputs.fields)}
-        wanted = {name: [out_degrees[f] for f in fields] for name, fields in zip(outputs.ids, outputs.fields)}
         moving = {irrep.id: irrep for irrep in inputs.irreps if not irrep.is_trivial()}
-        turning = {irrep.id: irrep.size for irrep in [*outputs.irreps, *moving.values()] if not irrep.is_trivial()}
-        share = max(hidden_dims) // (4 * max(1, sum(turning.values())))
-        mixed = {}
-        for name in moving:
-            levels = _levels(given[name], wanted.get(name, ()), useful)
-            if levels:
-                mixed[name] = evenly(levels, max(len(given[name]), len(levels), share))
-
-        mixture = IrrepMap(
-            list(zip(inputs.irreps, inputs.counts)), [(moving[name], len(degrees)) for name, degrees in mixed.items()]
-        )
-        channels = sum(count * irrep.size for irrep, count in mixture.fields)
-        hidden = [max(width - channels, width // 2, 1) for width in hidden_dims]
+        sizes = {irrep.id: irrep.size for irrep in [*outputs.irreps, *inputs.irreps] if not irrep.is_trivial()}
+        share = max(hidden_dims) // (4 * max(1, sum(sizes.values())))
+        levels = {name: _levels(given[name], wanted.get(name, []), useful) for name in moving}
+        mixed = {name: evenly(own, max(len(given[name]), len(own), share)) for name, own in levels.items() if len(own)}
+        carried = [(moving[name], len(degrees)) for name, degrees in mixed.items()]
+        mixture = IrrepMap(list(zip(inputs.irreps, inputs.counts)), carried)
+        hidden = hidden_widths(hidden_dims, carried)
         self._gate = InvariantGate(inputs, outputs, mixture, hidden, function)
-        levels = evenly(useful, min(hidden))
-        self.hidden_degrees = [evenly(list(dict.fromkeys(levels)), width) for width in hidden]
+        had = list(dict.fromkeys(evenly(useful, min(hidden))))
+        self.hidden_degrees = [evenly(had, width) for width in hidden]
 
-        mixing = [np.greater_equal.outer(degrees, given[name]) for name, degrees in mixed.items()]
-        turned = {name: degrees for name, degrees in mixed.items() if name in wanted}
-        turns = [np.greater.outer(wanted[name], degrees) for name, degrees in turned.items()]
         trivial = in_type.gspace.trivial_repr.irreps[0]
-        first = [*given.get(trivial, []), *(degree for degrees in mixed.values() for degree in degrees)]
-        *below, last = [first, *self.hidden_degrees]
+        invariants = [*given.get(trivial, []), *(degree for degrees in mixed.values() for degree in degrees)]
+        below = [invariants, *self.hidden_degrees]
+        mixing = [np.greater_equal.outer(degrees, given[name]) for name, degrees in mixed.items()]
         dense = [np.greater_equal.outer(b, a) for a, b in zip(below, self.hidden_degrees)]
-        # A gate that no output reads sees nothing, so that no weight is idle.
-        gates = [
-            np.greater_equal.outer(degrees, last) & (turn.sum(0) > 0)[:, None]
-            for degrees, turn in zip(turned.values(), turns)
-        ]
-        ends = np.concatenate([np.greater.outer(wanted.get(trivial, []), last), *gates])
-        gains = [
-            mixture.per_weight([_gain(mask) for mask in mixing]),
-            *(_gain(mask).ravel() for mask in (*dense, ends)),
-            self._gate.out.per_weight([_gain(mask) for mask in turns]),
-        ]
-        gain = np.concatenate(gains)
-        seen = gain != 0
+        ends, turning = [np.greater.outer(wanted.get(trivial, []), below[-1])], []
+        for name, degrees in mixed.items():
+            if name in wanted:
+                turning.append(np.greater.outer(wanted[name], degrees))
+                # A gate that no output reads sees nothing: no weight is idle.
+                read = turning[-1].sum(0) > 0
+                ends.append(np.greater_equal.outer(degrees, below[-1]) & read[:, None])
+        gain = np.concatenate(
+            [
+                mixture.per_weight([_gain(mask) for mask in mixing]),
+                *(_gain(mask).ravel() for mask in (*dense, np.concatenate(ends))),
+                self._gate.out.per_weight([_gain(mask) for mask in turning]),
+            ]
+        )
+        seen = gain > 0
         self._std, self._last = (self._gate.init_std * gain)[seen], self._gate.last[seen]
         # Entries that are masked read some weight, times zero.
         whole, place = self._gate.gather, np.maximum(np.cumsum(seen) - 1, 0)
@@ -125,6 +119,11 @@ def useful_degrees(in_degrees: Sequence[int], out_degrees: Sequence[int]) -> lis
 def evenly(levels: list[int], count: int) -> list[int]:
     """``count`` values spread over ``levels``, all of them where there is room, else about the middle of each share."""
     return [levels[(2 * i + 1) * len(levels) // (2 * count)] for i in range(count)]
+
+
+def _by_irrep(parts: IrrepParts, degrees: Sequence[int]) -> dict[tuple, list[int]]:
+    """The degrees of an irrep's fields, by the irrep's id."""
+    return {name: [degrees[field] for field in fields] for name, fields in zip(parts.ids, parts.fields)}
 
 
 def _levels(given: Sequence[int], wanted: Sequence[int], useful: list[int]) -> list[int]:
