@@ -97,10 +97,11 @@ def test_equivariance(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_where_nothing_is_masked(name):
-    """The unmasked network's values, from its weights."""
+    """The unmasked network's values, from its weights, with mixtures shortened."""
     kind = _types()[name]
     count = len(kind.representations)
     plain = randomize(InvariantGateNet(kind, kind, (32, 24), tensor_products=False)).double()
+    plain._gate._shortened = True
     net = make(kind, count * [0], count * [1], (32, 24))
     net.load_state_dict(plain.state_dict())
     x = events(kind, 7)
@@ -115,10 +116,14 @@ def test_no_weight_is_idle(name, hidden_dims):
     net = make(kind, list(range(count)), list(range(1, count + 1)), hidden_dims)
     expand(net)(events(kind, 40)).square().sum().backward()
     assert (net.weight.grad != 0).all()
+    if hidden_dims == HIDDEN[-1]:  # the degrees of a flow, where the last mixtures of an irrep turn into nothing
+        net = make(kind, list(range(count)), list(range(count)), hidden_dims)
+        expand(net)(events(kind, 40)).square().sum().backward()
+        assert (net.weight.grad != 0).all()
     # All useful degrees where there is room, else the same in all layers.
     assert len({frozenset(degrees) for degrees in net.hidden_degrees}) == 1
     if hidden_dims == HIDDEN[-1]:
-        assert set(net.hidden_degrees[0]) == set(range(count))
+        assert set(net.hidden_degrees[0]) == set(range(count - 1))
 
 
 def test_outputs_start_at_one_scale():
@@ -130,9 +135,20 @@ def test_outputs_start_at_one_scale():
     for _ in range(20):
         net = MaskedSteerableNet(kind, kind, range(20), range(1, 21), hidden_dims=(64,))
         squares = squares + expand(net)(torch.randn(200, kind.size)).detach().square().mean(0).view(20, 2).mean(1)
-    # A component has variance 1 times a gate's mean square: one, and the MLP's output, of about that size too. Twenty
-    # draws of the weights vary by a half. Drawn without regard to masks, the first would be at 1/400.
-    assert ((squares / 20 > 0.3) & (squares / 20 < 4.0)).all()
+    # A component of a shortened mixture has variance 1/2 at most, times the mean square of a gate: one, and what the MLP
+    # adds, about one too. Drawn without regard to masks, the first would be at less than 1/400.
+    assert ((squares / 20 > 0.1) & (squares / 20 < 2.0)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_growth_is_linear(name):
+    """Far out the map is homogeneous of degree one, but for what biases and the ones under the roots add."""
+    kind = _types()[name]
+    degrees = degrees_of(kind)
+    net, x = make(kind, degrees, degrees, function="relu").double(), events(kind, 4)
+    far, farther = (expand(net)(scale * x) / scale for scale in (1e6, 1e7))
+    assert far.abs().max() > 1e-2
+    torch.testing.assert_close(far, farther, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

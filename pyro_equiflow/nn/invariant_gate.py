@@ -113,13 +113,15 @@ def hidden_widths(hidden_dims: Sequence[int], carried: Sequence[tuple[Irreducibl
 
 
 class InvariantGate:
-    """The map of :class:`InvariantGateNet`, given the entries of all its matrices and its biases, flat.
+    r"""The map of :class:`InvariantGateNet`, given the entries of all its matrices and its biases, flat.
 
     :param inputs: irreps of the input.
     :param outputs: irreps of the output.
     :param mixture: the intertwiner that gives the irreps carried along.
     :param hidden: channels of the MLP's hidden layers.
     :param function: the MLP's function.
+    :param shortened: whether gates act on the irreps carried along after these are shortened into the unit ball,
+        :math:`v / \sqrt{1 + |v|^2}`: the map then grows no faster than its input.
     :ivar widths: channels of the MLP's layers, input and output included.
     :ivar sizes: numbers of weights: of the mixture, of the MLP's layers, of the last intertwiner.
     :ivar gather: from the weights to the entries.
@@ -137,10 +139,13 @@ class InvariantGate:
         mixture: IrrepMap | IrrepMixture,
         hidden: Sequence[int],
         function: str,
+        *,
+        shortened: bool = False,
     ) -> None:
         if function not in FUNCTIONS:
             raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
         self._inputs, self._outputs, self._mixture, self._function = inputs, outputs, mixture, FUNCTIONS[function]
+        self._shortened = shortened
         counts = {irrep.id: count for irrep, count in zip(outputs.irreps, outputs.counts)}
         self.gated = [i for i, (irrep, _) in enumerate(mixture.fields) if irrep.id in counts]
         carried = [mixture.fields[i] for i in self.gated]
@@ -174,12 +179,14 @@ class InvariantGate:
         for constants in (inputs, outputs):
             constants.prepare(entries)
         start, stop = len(mixing), len(mixing) + len(layers)
-        function, gated, shapes = self._function, self.gated, [(count, irrep.size) for irrep, count in mixture.fields]
+        function, gated, shortened = self._function, self.gated, self._shortened
+        shapes = [(count, irrep.size) for irrep, count in mixture.fields]
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
             parts = inputs.split(x.mT)
             fields = [v.view(*s, -1) for v, s in zip(mixture.apply(parts, tensors[:start]), shapes)]
-            scalars = [(v * v).sum(1).add(1.0).sqrt() for v in fields]
+            lengths = [(v * v).sum(1).add(1.0).sqrt() for v in fields]
+            scalars = lengths[:]
             if inputs.trivial is not None or not fields:
                 scalars.insert(0, x.mT[:0] if inputs.trivial is None else parts[inputs.trivial])
             h = torch.cat(scalars) if len(scalars) > 1 else scalars[0]
@@ -189,6 +196,8 @@ class InvariantGate:
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
                 found[outputs.ids[outputs.trivial]] = t
+            if shortened:
+                gates = [gate / lengths[i] for i, gate in zip(gated, gates)]
             turned = [(fields[i] * gate.unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
             found |= zip(self._turning, self.out.apply(turned, tensors[stop:]))
             for name, size in zip(outputs.ids, outputs.sizes):

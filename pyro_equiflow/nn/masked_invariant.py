@@ -23,11 +23,13 @@ class MaskedInvariantGate:
     r"""The map of :class:`~pyro_equiflow.nn.InvariantGateNet` without products, every part of it with a degree.
 
     .. math::
-        v_i = \sum_{d_j \le m_i} W_{1,ij}\, x_j, \qquad y_o = \sum_{m_i < d_o} W_{2,oi}\, u_i v_i,
+        v_i = \sum_{d_j \le m_i} W_{1,ij}\, x_j, \qquad
+        y_o = \sum_{m_i < d_o} W_{2,oi}\, u_i \frac{v_i}{\sqrt{1 + |v_i|^2}},
 
     where a mixture :math:`v_i` of degree :math:`m_i`, its length and its gate :math:`u_i` see the input fields of at
     most that degree. The MLP of invariants between lengths and gates is masked as in MADE, its last layer strictly for
-    the trivial fields of the output.
+    the trivial fields of the output. Mixtures are shortened, so that the map grows no faster than its input: gates grow
+    with the lengths, and in a deep stack of flows powers of powers would overflow.
 
     One degree serves a mixture and its gate: a gate that saw more than its mixture would only keep from the mixture
     what the output may see. There are mixtures of every degree that matters: those of the input's fields, where lengths
@@ -64,7 +66,7 @@ class MaskedInvariantGate:
         carried = [(moving[name], len(degrees)) for name, degrees in mixed.items()]
         mixture = IrrepMap(list(zip(inputs.irreps, inputs.counts)), carried)
         hidden = hidden_widths(hidden_dims, carried)
-        self._gate = InvariantGate(inputs, outputs, mixture, hidden, function)
+        self._gate = InvariantGate(inputs, outputs, mixture, hidden, function, shortened=True)
         had = list(dict.fromkeys(evenly(useful, min(hidden))))
         self.hidden_degrees = [evenly(had, width) for width in hidden]
 
