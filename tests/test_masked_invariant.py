@@ -135,8 +135,8 @@ def test_outputs_start_at_one_scale():
     for _ in range(20):
         net = MaskedSteerableNet(kind, kind, range(20), range(1, 21), hidden_dims=(64,))
         squares = squares + expand(net)(torch.randn(200, kind.size)).detach().square().mean(0).view(20, 2).mean(1)
-    # A component of a shortened mixture has variance 1/2 at most, times the mean square of a gate: one, and what the MLP
-    # adds, about one too. Drawn without regard to masks, the first would be at less than 1/400.
+    # A component of a shortened mixture has variance 1/2 at most, times the mean square of a gate: one, and what
+    # the MLP adds, about one too. Drawn without regard to masks, the first would be at less than 1/400.
     assert ((squares / 20 > 0.1) & (squares / 20 < 2.0)).all()
 
 
