@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,11 +94,8 @@ class MaskedInvariantGate:
         whole, place = self._gate.gather, np.maximum(np.cumsum(seen) - 1, 0)
         self._gather = Gather(place[whole.index], whole.factor * seen[whole.index])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_arguments": self._arguments}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state["_arguments"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple:
+        return MaskedInvariantGate, self._arguments
 
     def initial(self, zero_init: bool) -> tuple[Tensor, Tensor]:
         """Weights by He's rule and biases, gates around one; the output is zero if asked for."""
