@@ -33,11 +33,11 @@ class MaskedSteerableNet(SteerableModule):
     masks act on whole kernels, never on positions, or equivariance would be lost.
 
     The network is that of :func:`steerable_net`: regular fields with a pointwise function for finite groups; for
-    continuous ones on points that of :class:`InvariantGateNet`, gated irreps shortened into the unit ball, without tensor
-    products (handedness under SO(3), and how irreps of different frequency stand to each other, are not seen); on grids
-    scalars and irreps with :class:`GatedNonLinearity`. A field, its gate and its length have one degree. Degrees spread evenly over those that
-    can be of use, kind by kind of field. Where a layer has too few fields for all of them, all layers keep to those it
-    has: nothing hidden leads into a dead end.
+    continuous ones on points that of :class:`InvariantGateNet`, gated irreps shortened into the unit ball, without
+    tensor products (handedness under SO(3), and how irreps of different frequency stand to each other, are not seen);
+    on grids scalars and irreps with :class:`GatedNonLinearity`. A field, its gate and its length have one degree.
+    Degrees spread evenly over those that can be of use, kind by kind of field. Where a layer has too few fields for all
+    of them, all layers keep to those it has: nothing hidden leads into a dead end.
 
     Example::
 
