@@ -63,6 +63,21 @@ def test_linear_spans_what_escnns_does(name):
     assert outside(span, matrix.detach().double().flatten()[None]) < 1e-5
 
 
+@pytest.mark.parametrize("build", [steerable_net, lipschitz_net])
+@pytest.mark.parametrize("space", ["C4", "SO2"])
+def test_scalar_fields_on_a_grid_see_directions(space, build):
+    """Kernels between scalar fields are isotropic, and would commute with reflections, which are not in the group."""
+    gspace = {"C4": lambda: gspaces.rot2dOnR2(4), "SO2": lambda: gspaces.rot2dOnR2(-1, 2)}[space]()
+    scalars = enn.FieldType(gspace, 2 * [gspace.trivial_repr])
+    torch.manual_seed(0)
+    net = expand(build(scalars, scalars, hidden_dims=(16, 16)).double())
+    x = torch.randn(3, 2, 7, 7, dtype=torch.float64)
+    error = (net(x.rot90(1, (-2, -1))) - net(x).rot90(1, (-2, -1))).abs().max()
+    assert error < 1e-12
+    assert (net(x.flip(-1)) - net(x).flip(-1)).abs().max() > 1e-3
+
+
+
 @pytest.mark.parametrize("name", ["C4-plane", "C8-plane", "D4-plane", "SO2-plane", "O2-plane", "octahedral-space"])
 def test_conv_spans_what_escnns_does(name):
     kind = field_type(name)

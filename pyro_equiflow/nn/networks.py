@@ -182,15 +182,15 @@ def hidden_layer(
     """
     gspace = in_type.gspace
     finite = gspace.fibergroup.order() > 0
-    representations = {*in_type.representations, *out_type.representations}
-    invariant = all(gspace.fibergroup.irrep(*i).is_trivial() for r in representations for i in r.irreps)
+    irreps = _moving_irreps(in_type, out_type)
+    invariant = not irreps
     if nonlinearity is None:
         nonlinearity = "pointwise" if finite or invariant else "gated"
     if nonlinearity == "pointwise":
-        if invariant:
-            representation = gspace.trivial_repr
-        elif finite:
+        if finite and not invariant:
             representation = gspace.regular_repr
+        elif all(irrep.is_trivial() for t in (in_type, out_type) for irrep, _ in IrrepDecomposition(t).isotypic()):
+            representation = gspace.trivial_repr
         else:
             raise ValueError(f'nonlinearity: expected "gated" for the continuous group {gspace.fibergroup}')
         if not is_permutation(representation):
@@ -200,7 +200,6 @@ def hidden_layer(
     if nonlinearity == "gated":
         if invariant:
             raise ValueError('nonlinearity: expected "pointwise" where every field is invariant, found "gated"')
-        irreps = _moving_irreps(in_type, out_type)
         share = sum(2 + irrep.size for irrep in irreps)
         copies = max(1, width // share)
         scalars = max(copies, width - copies * sum(1 + irrep.size for irrep in irreps))
@@ -212,6 +211,14 @@ def hidden_layer(
 
 
 def _moving_irreps(*types: enn.FieldType) -> list[IrreducibleRepresentation]:
-    """The non-trivial irreps of some types, each once, in the order of their ids."""
+    """The non-trivial irreps of hidden fields, each once, in the order of their ids: those of some types.
+
+    Between types without any, those of the grid's own directions: a kernel between invariant fields is isotropic, so a
+    network of such fields alone would see no direction. Without a base space there are none.
+    """
     found = {i.id: i for t in types for i, _ in IrrepDecomposition(t).isotypic() if not i.is_trivial()}
+    gspace = types[0].gspace
+    if not found and gspace.dimensionality > 0:
+        irreps = (gspace.fibergroup.irrep(*i) for i in gspace.basespace_action.irreps)
+        found = {i.id: i for i in irreps if not i.is_trivial()}
     return [found[key] for key in sorted(found)]
