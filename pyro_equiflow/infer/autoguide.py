@@ -26,6 +26,7 @@ from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
 from pyro_equiflow.infer.latents import latent_field_type, preserved_random_state, validate_representations
 from pyro_equiflow.infer.quantiles import constrained_quantiles
+from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.serialization import forget_param_store
 
 __all__ = ["AutoEquivariantFlow"]
@@ -55,10 +56,10 @@ class AutoEquivariantFlow(AutoContinuous):
     ``"implicit"``, which takes any latent at dearer steps.
 
     On its first call the guide runs the model, checks the declared symmetry against the model's log joint
-    (:func:`check_model_invariance`) and builds the flow; parameters exist from then on. To load a ``state_dict`` into
-    a fresh guide, call it once before. As with Pyro's own guides, values that Pyro's parameter store holds under the
-    guide's names (after ``ParamStoreDict.load``, or left by an earlier guide) are taken over; start another fit with
-    :func:`pyro.clear_param_store`.
+    (:func:`check_model_invariance`) and builds the flow; parameters exist from then on. Call a fresh guide once before
+    a ``state_dict`` is loaded into it or ``DistributedDataParallel`` wraps it. As with Pyro's own guides, values that
+    Pyro's parameter store holds under the guide's names (after ``ParamStoreDict.load``, or left by an earlier guide)
+    are taken over; start another fit with :func:`pyro.clear_param_store`.
 
     ``deepcopy`` works; ``pickle`` and ``torch.save`` write the guide without its model, as with Pyro's own: what is
     read back draws and scores latent values.
@@ -140,6 +141,7 @@ class AutoEquivariantFlow(AutoContinuous):
     # ---- set-up -----------------------------------------------------------------------------------------------
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        refuse_within_data_parallel(type(self).__name__)
         super()._setup_prototype(*args, **kwargs)
         try:
             self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)

@@ -11,6 +11,7 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition
 from pyro_equiflow.ops.tracing import is_traced
@@ -30,7 +31,7 @@ class EquivariantActNorm(EquivariantTransform):
     with :math:`Q` the change of basis to irreps and one :math:`s` an irrep. In training mode the first batch of at
     least 16 rows (samples times positions), in whichever direction it comes, sets both: invariant coordinates leave
     with mean 0, every irrep with mean square 1 a channel. Before that, or with ``data_init=False``, it is the
-    identity.
+    identity. Under ``DistributedDataParallel`` that batch has to come before wrapping.
 
     Log-det exact, inverse closed.
 
@@ -48,6 +49,7 @@ class EquivariantActNorm(EquivariantTransform):
     :param field_type: how the group acts on the event.
     :param data_init: whether the first batch sets the parameters.
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+    :raises ValueError: a first batch inside ``DistributedDataParallel``, where each rank would set its own parameters.
 
     Reference: Kingma and Dhariwal, *Glow* (arXiv 1807.03039), section 3.1, which scales each channel.
     """
@@ -89,6 +91,11 @@ class EquivariantActNorm(EquivariantTransform):
         loc = (rows @ constants["invariants"]).mean(0)
         if len(rows) < _MIN_ROWS:
             return
+        # DistributedDataParallel gives a rank that saw no batch the first rank's parameters, and its buffer.
+        if self.initialized:
+            self._pending[0] = False
+            return
+        refuse_within_data_parallel(type(self).__name__)
         centred = (rows - loc @ constants["invariants"].T) @ constants["basis"]
         scale = (centred.square().mean(0) @ constants["pool"].T).sqrt()
         # A field that does not vary (a border of zeros, say) has no scale to correct.
