@@ -126,7 +126,7 @@ def test_a_killed_run_ends_where_one_that_was_not_does(found, folder):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
     command = [*torchrun, "--max_restarts=3", "--monitor_interval=0.1", str(script), "5", *RUN]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    # Without it torch 2.5 to 2.13 hand restarted ranks the addresses of the dead (pytorch issues 135712, 167288).
+    # Without it restarted ranks may be handed the addresses of the dead (pytorch issues 135712, 167288).
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(
         [*command, "--checkpoint", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300

@@ -10,7 +10,7 @@ Pyro's ``Trace_ELBO()(model, guide)``, a module, in ``DistributedDataParallel``.
 draws its own noise; gradients are averaged.
 
 A run that is killed goes on from its last checkpoint and ends at the parameters of one that was not: start it again
-with the same line, or let ``torchrun --max_restarts=3`` do so. ``docs/scale_out.md`` says what to do on many GPUs.
+with the same line, or let torchrun do so. ``docs/scale_out.md`` has the line for it and says what to do on many GPUs.
 """
 
 import argparse
@@ -163,9 +163,12 @@ def fit(args: argparse.Namespace) -> ELBOModule:
     elbo.to(device)(shard[:1024], 1.0)
     module = DistributedDataParallel(elbo)
     optimizer = torch.optim.Adam(module.parameters(), lr=args.lr)
-    pyro.set_rng_seed(args.seed + rank)
     # DDP takes the mean over ranks: times their number it is the sum over shards, and that is the whole data's.
     scale = world * len(shard) / args.batch
+    # DDP lays out its buckets anew after the first backward pass, and sums over ranks follow the layout. With one pass
+    # ahead a resumed run takes them in the same order as one that was not killed.
+    module(shard[: args.batch], scale).backward()
+    pyro.set_rng_seed(args.seed + rank)
     for step in range(resume(args.checkpoint, elbo, optimizer), args.steps):
         batch = shard[torch.randint(len(shard), (args.batch,)).to(device)]
         optimizer.zero_grad()
