@@ -124,7 +124,8 @@ def test_a_killed_run_ends_where_one_that_was_not_does(found, folder):
     path = folder / "killed.pt"
     script = Path(__file__).with_name("distributed_workers.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
-    command = [*torchrun, "--max_restarts=3", "--monitor_interval=0.1", str(script), "5", *RUN]
+    torchrun += ["--max_restarts=3", "--monitor_interval=0.1", f"--log_dir={folder}"]
+    command = [*torchrun, str(script), "5", *RUN]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     # Without it restarted ranks may be handed the addresses of the dead (pytorch issues 135712, 167288).
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
