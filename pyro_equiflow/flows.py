@@ -29,10 +29,15 @@ from pyro_equiflow.transforms.blocks import block_layout
 __all__ = ["equivariant_flow", "image_flow"]
 
 
-def _coupling(field_type: FieldType, index: int, split_by: str | None, **kwargs: Any) -> EquivariantTransform:
-    """Couplings take turns: the first half of the channels conditions the second, then the reverse."""
+def _coupling(
+    field_type: FieldType, index: int, split_by: str | None, *, rotate: bool = False, **kwargs: Any
+) -> EquivariantTransform:
+    """Couplings take turns: the first half of the channels conditions the second, then the reverse.
+
+    Linear maps mix equal irreps only, so under one fixed split unlike fields of one half never condition each other.
+    """
     layout = block_layout(field_type, split_by, "equivariant_flow")
-    first = layout.first_half()
+    first = layout.first_half(index // 2 if rotate else 0)
     split = first if index % 2 == 0 else [i for i in range(len(layout.blocks)) if i not in set(first)]
     return equivariant_coupling(field_type, split=split, split_by=split_by, **kwargs)
 
@@ -100,7 +105,8 @@ def equivariant_flow(
     :param actnorm: whether each step has an :class:`~pyro_equiflow.EquivariantActNorm`, set by the first batch.
     :param split_by: blocks to split or to order are ``"fields"`` or ``"irreps"``, see
         :class:`~pyro_equiflow.EquivariantCoupling`.
-    :param kwargs: further keywords of the factory of the kind, such as ``log_scale_bound`` or ``kernel_size``.
+    :param kwargs: further keywords of the factory of the kind, such as ``log_scale_bound`` or ``kernel_size``; with
+        ``kind="coupling"`` also ``rotate``, whether every two steps the halves begin one block later.
     :raises ValueError: a latent dimension unlike the field type's size, an unknown kind, no step, a type that
         cannot be split.
     """
@@ -133,6 +139,7 @@ def image_flow(
     num_transforms: int = 4,
     hidden_dims: Sequence[int] = (64, 64),
     haar: bool = True,
+    kept: Sequence[int] | None = None,
     padding_mode: str = "zeros",
     **kwargs: Any,
 ) -> Inverse:
@@ -144,7 +151,8 @@ def image_flow(
 
     The levels run forwards from images to noise, so scoring images needs no solver with ``kind="residual"``, and one
     network pass a step with ``kind="iaf"`` (a masked autoregressive flow); what is returned is their inverse. Steps
-    start as the identity.
+    start as the identity. The halves of couplings begin one field later every two steps, so that four steps let each
+    field of the first level's average and differences condition each other one.
 
     With an invariant base distribution the density is invariant under the group. With ``padding_mode="circular"``
     images are periodic, and the flow also commutes with translations by multiples of :math:`2^{\text{levels}}` pixels,
@@ -173,6 +181,7 @@ def image_flow(
     :param hidden_dims: channels of the conditioners' hidden layers.
     :param haar: whether a level works on averages and differences over cells, in place of pixels. Without, more
         than one level needs two fields after the squeeze.
+    :param kept: indices of the first level's squeezed fields that go on, see :class:`~pyro_equiflow.MultiScale`.
     :param padding_mode: of the conditioners' convolutions, ``"zeros"`` or ``"circular"``.
     :param kwargs: further keywords of :func:`equivariant_flow`, such as ``linear`` or ``kernel_size``.
     :raises ValueError: a grid that does not fit the group or the levels, a group that does not permute the grid; else
@@ -192,12 +201,16 @@ def image_flow(
             "or crop the images, or take fewer levels"
         )
     options = {"num_transforms": num_transforms, "hidden_dims": hidden_dims, "padding_mode": padding_mode, **kwargs}
-    return Inverse(_levels(field_type, levels, haar, {"kind": kind, **options}))
+    if kind == "coupling":
+        options = {"rotate": True, **options}
+    return Inverse(_levels(field_type, levels, haar, kept, {"kind": kind, **options}))
 
 
-def _levels(field_type: FieldType, levels: int, haar: bool, options: dict[str, Any]) -> MultiScale:
+def _levels(
+    field_type: FieldType, levels: int, haar: bool, kept: Sequence[int] | None, options: dict[str, Any]
+) -> MultiScale:
     deeper = None
     if levels > 1:
-        deeper = _levels(MultiScale.types(field_type, haar=haar)[1], levels - 1, haar, options)
+        deeper = _levels(MultiScale.types(field_type, haar=haar, kept=kept)[1], levels - 1, haar, None, options)
     transform = equivariant_flow(equivariant_squeeze(field_type, haar=haar).out_type, **options)
-    return MultiScale(field_type, transform, deeper, haar=haar)
+    return MultiScale(field_type, transform, deeper, haar=haar, kept=kept)

@@ -208,6 +208,29 @@ def test_shapes_levels_and_colours(space, channels, shape, levels, haar):
     assert depth == levels
 
 
+@pytest.mark.parametrize("space", [C4, D4, gspaces.trivialOnR2()], ids=str)
+def test_each_field_conditions_each_other(space):
+    """In some of four couplings: no linear map would bring together unlike fields that never meet."""
+    flow = randomize(pe.image_flow(gray(space), (8, 8), hidden_dims=(8,), actnorm=False, linear=False)).double()
+    steps, fields = flow.transform[1], flow.transform[1].field_type.representations
+    x = torch.randn(4, 1, 1, dtype=torch.float64)
+    slopes = torch.stack([torch.autograd.functional.jacobian(step, x).reshape(4, 4).abs() for step in steps])
+    field = torch.repeat_interleave(torch.arange(len(fields)), torch.tensor([f.size for f in fields]))
+    others = field[:, None] != field
+    assert len(steps) == 4 and (slopes.amax(0)[others] > 1e-6).all()
+    assert ((slopes > 1e-12) & others).any((1, 2)).all()  # the measure sees every step's split
+
+
+def test_which_fields_of_an_image_go_on():
+    """Three channels of the first cells in place of two."""
+    plain = gray(gspaces.trivialOnR2())
+    deeper = [pe.image_flow(plain, (8, 8), num_transforms=1, hidden_dims=(8,), kept=kept).transform[2].transform
+              for kept in (None, [0, 1, 2])]  # fmt: skip
+    assert [part.field_type.size for part in deeper] == [2, 3]
+    with pytest.raises(ValueError, match="kept: expected None where no transform goes deeper"):
+        pe.image_flow(plain, (8, 8), levels=1, num_transforms=1, hidden_dims=(8,), kept=[0])
+
+
 @every_step
 def test_image_flows_start_as_the_identity(kind):
     flow = pe.image_flow(gray(D4), (8, 8), kind=kind, num_transforms=1, hidden_dims=(8,), actnorm=False).eval()

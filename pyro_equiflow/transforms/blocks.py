@@ -66,16 +66,20 @@ class BlockLayout:
         basis = self._constants.like(z)["basis"]
         return z if basis is None else channel_matmul(basis, z, self.spatial_dims)
 
-    def first_half(self) -> list[int]:
-        """The first blocks up to half of the channels, at least one, never all."""
+    def first_half(self, start: int = 0) -> list[int]:
+        """The first blocks up to half of the channels, at least one, never all.
+
+        :param start: the block that counts as the first; blocks before it count as the last.
+        """
         total = 0
         kept: list[int] = []
-        for index, size in enumerate(self.sizes[:-1]):
-            if kept and 2 * (total + size) > sum(self.sizes) + 1:
+        for place in range(start, start + len(self.blocks) - 1):
+            index = place % len(self.blocks)
+            if kept and 2 * (total + self.sizes[index]) > sum(self.sizes) + 1:
                 break
             kept.append(index)
-            total += size
-        return kept
+            total += self.sizes[index]
+        return sorted(kept)
 
     def channels(self, chosen: list[int]) -> np.ndarray:
         """The layout's channels of some blocks, in their order."""
