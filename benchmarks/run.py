@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "ring.py",
     "transformers.py",
     "amortized.py",
+    "image_bits.py",
     "karate.py",
     "phi4.py",
     "particles.py",
