@@ -240,7 +240,7 @@ def draw(fits: Fits, args: argparse.Namespace) -> None:
         "D_4": ("-.", "s", "#009e73", r"$D_4$ built in"),
         "plain": ("--", "v", "#d55e00", "none, equal parameters"),
         "plain, wide": ((0, (5, 1, 1, 1, 1, 1)), "^", "#cc79a7", "none, equal widths"),
-        "plain, turned": (":", "D", "#0072b2", "none, equal parameters, batches turned"),
+        "plain, turned": (":", "D", "#0072b2", "none, batches turned"),
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained", dpi=150)
     most = args.sizes[-1]
@@ -265,12 +265,12 @@ def draw(fits: Fits, args: argparse.Namespace) -> None:
     left.set(xscale="log", xlabel="training images", ylabel="test bits a dimension", xticks=args.sizes)
     left.set_xticklabels(map(str, args.sizes))
     left.minorticks_off()
-    left.legend(fontsize=8.5, frameon=False)
-    left.set_title("test images: mean and standard error of the seeds", fontsize=10)
+    left.legend(fontsize=8.5, frameon=False, handlelength=4, loc="upper right")
+    left.set_title("test images: mean and standard error", fontsize=10)
     lowest = min(float(scores.min()) for scores in shown)
     start = max(float(scores[len(scores) // 10]) for scores in shown)
-    right.set(xlabel="step", ylabel="validation bits a dimension", ylim=(lowest - 0.02, start))
-    right.set_title(f"{most} training images: best so far, mean and range of the seeds", fontsize=10)
+    right.set(xlabel="step", ylabel="validation bits a dimension", ylim=(lowest - 0.02, start), xlim=(0, None))
+    right.set_title(f"{most} training images: best so far, mean and range", fontsize=10)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)

@@ -151,8 +151,8 @@ def image_flow(
 
     The levels run forwards from images to noise, so scoring images needs no solver with ``kind="residual"``, and one
     network pass a step with ``kind="iaf"`` (a masked autoregressive flow); what is returned is their inverse. Steps
-    start as the identity. The halves of couplings begin one field later every two steps, so that four steps let each
-    field of the first level's average and differences condition each other one.
+    start as the identity. The halves of couplings begin one field later every two steps, so that in four steps the
+    averages and differences over the cells of a gray image all condition each other.
 
     With an invariant base distribution the density is invariant under the group. With ``padding_mode="circular"``
     images are periodic, and the flow also commutes with translations by multiples of :math:`2^{\text{levels}}` pixels,
