@@ -77,7 +77,6 @@ def test_scalar_fields_on_a_grid_see_directions(space, build):
     assert (net(x.flip(-1)) - net(x).flip(-1)).abs().max() > 1e-3
 
 
-
 @pytest.mark.parametrize("name", ["C4-plane", "C8-plane", "D4-plane", "SO2-plane", "O2-plane", "octahedral-space"])
 def test_conv_spans_what_escnns_does(name):
     kind = field_type(name)
