@@ -19,7 +19,7 @@ from pyro_equiflow.nn.kernels import kernel_basis
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis, is_permutation
 
-__all__ = ["SteerableConv", "SteerableLinear"]
+__all__ = ["SteerableConv", "SteerableLinear", "steerable_layer"]
 
 
 class _BasisLayer(SteerableModule):
@@ -223,6 +223,19 @@ class SteerableConv(_BasisLayer):
             return pull
 
         return Expanded(WithPullback(fn, pullback), (weight,) if bias is None else (weight, bias))
+
+
+def steerable_layer(
+    in_type: enn.FieldType,
+    out_type: enn.FieldType,
+    kernel_size: int,
+    padding_mode: str,
+    mask: np.ndarray | None = None,
+) -> SteerableLinear | SteerableConv:
+    """The linear layer between two types: :class:`SteerableLinear` on points, :class:`SteerableConv` on grids."""
+    if in_type.gspace.dimensionality == 0:
+        return SteerableLinear(in_type, out_type, mask=mask)
+    return SteerableConv(in_type, out_type, kernel_size, padding_mode=padding_mode, mask=mask)
 
 
 def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
 from pyro_equiflow.nn.expansion_plan import JointExpansion
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, steerable_layer
 from pyro_equiflow.nn.masked_invariant import MaskedInvariantGate, evenly, useful_degrees
 from pyro_equiflow.nn.networks import check_network, gates_by_invariants, hidden_layer
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
@@ -130,18 +130,13 @@ class MaskedLayers:
         padding_mode: str,
     ) -> None:
         self.hidden_degrees = _spread(in_type, in_degrees, out_degrees, hidden)
-
-        def linear(a: enn.FieldType, b: enn.FieldType, mask: np.ndarray) -> SteerableLinear | SteerableConv:
-            if in_type.gspace.dimensionality == 0:
-                return SteerableLinear(a, b, mask=mask)
-            return SteerableConv(a, b, kernel_size, padding_mode=padding_mode, mask=mask)
-
+        kernel = kernel_size, padding_mode
         linears: list[SteerableLinear | SteerableConv] = []
         present, degrees = in_type, in_degrees
         for layer, own in zip(hidden, self.hidden_degrees):
-            linears.append(linear(present, layer.in_type, np.greater_equal.outer(own, degrees)))
+            linears.append(steerable_layer(present, layer.in_type, *kernel, np.greater_equal.outer(own, degrees)))
             present, degrees = layer.out_type, own
-        linears.append(linear(present, out_type, np.greater.outer(out_degrees, degrees)))
+        linears.append(steerable_layer(present, out_type, *kernel, np.greater.outer(out_degrees, degrees)))
         self._linears, self._hidden = tuple(linears), tuple(hidden)
         self._build()
 

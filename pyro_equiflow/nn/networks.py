@@ -10,7 +10,7 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.layers import steerable_layer
 from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FieldGates, GatedNonLinearity, PointwiseNonLinearity, require_one_lipschitz
 from pyro_equiflow.nn.parts import IrrepParts
@@ -144,21 +144,16 @@ def _sequence(
 ) -> enn.SequentialModule:
     """Linear layers, on points or grids, around the nonlinearities given."""
 
-    def linear(a: enn.FieldType, b: enn.FieldType) -> SteerableLinear | SteerableConv:
-        if in_type.gspace.dimensionality == 0:
-            return SteerableLinear(a, b)
-        return SteerableConv(a, b, kernel_size, padding_mode=padding_mode)
-
     modules: list[enn.EquivariantModule] = []
     present = in_type
     for hidden in layers:
-        modules += [linear(present, hidden.in_type), hidden]
+        modules += [steerable_layer(present, hidden.in_type, kernel_size, padding_mode), hidden]
         if isinstance(hidden, LipschitzGate):
             # Shut gates would let nothing through where the input holds no scalars. The type's invariants are its
             # trivial fields: scalars, then gates.
             torch.nn.init.constant_(modules[-2].bias[hidden.scalars :], hidden.half_open)
         present = hidden.out_type
-    last = linear(present, out_type)
+    last = steerable_layer(present, out_type, kernel_size, padding_mode)
     if zero_init:
         torch.nn.init.zeros_(last.weight)
     return enn.SequentialModule(*modules, last)

@@ -22,7 +22,7 @@ from pyro_equiflow.transforms.conditional import (
     ConditionalEquivariantTransform,
     with_context_fields,
 )
-from pyro_equiflow.transforms.transformer import Transformer
+from pyro_equiflow.transforms.transformer import Transformer, WithTransformer
 
 __all__ = [
     "ConditionalEquivariantCoupling",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class EquivariantCoupling(ConditionableTransform):
+class EquivariantCoupling(WithTransformer, ConditionableTransform):
     r"""Coupling that commutes with a symmetry group.
 
     The event is split into invariant subspaces :math:`x = (x_a, x_b)`, never inside an irrep, and
@@ -105,8 +105,7 @@ class EquivariantCoupling(ConditionableTransform):
         network = Conditioner(conditioner, in_type, out_type)
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self.transformer = chosen.kind
-        self.log_scale_bound = chosen.log_scale_bound
+        self._transformer = chosen
         self._parts = parts
 
     @staticmethod

@@ -21,7 +21,7 @@ from pyro_equiflow.transforms.conditional import (
     ConditionalEquivariantTransform,
     with_context_fields,
 )
-from pyro_equiflow.transforms.transformer import Transformer
+from pyro_equiflow.transforms.transformer import Transformer, WithTransformer
 
 __all__ = [
     "ConditionalEquivariantIAF",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class EquivariantIAF(ConditionableTransform):
+class EquivariantIAF(WithTransformer, ConditionableTransform):
     r"""Inverse autoregressive flow that commutes with a symmetry group.
 
     The event is cut into invariant subspaces in an order, :math:`x = (x_1, \ldots, x_n)`, never inside an irrep, and
@@ -115,8 +115,7 @@ class EquivariantIAF(ConditionableTransform):
                 raise ValueError(f"conditioner: expected {name} {expected}, found {found}; see conditioner_degrees")
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self.transformer = chosen.kind
-        self.log_scale_bound = chosen.log_scale_bound
+        self._transformer = chosen
         self._parts = parts
 
     @property

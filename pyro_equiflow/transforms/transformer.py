@@ -13,7 +13,7 @@ from pyro_equiflow.transforms.block_map import BlockMap
 from pyro_equiflow.transforms.blocks import Block
 from pyro_equiflow.transforms.spline import BlockSpline
 
-__all__ = ["Transformer"]
+__all__ = ["Transformer", "WithTransformer"]
 
 _KINDS = ("affine", "commutant", "spline")
 
@@ -57,3 +57,19 @@ class Transformer:
         if self.kind == "commutant":
             return BlockCommutant(blocks, spatial_dims, self.log_scale_bound)
         return BlockSpline(blocks, spatial_dims, self.log_scale_bound, self.spline_bound, self.num_bins)
+
+
+class WithTransformer:
+    """What transforms that map blocks by a :class:`Transformer` tell of it; it is chosen when they are built."""
+
+    _transformer: Transformer
+
+    @property
+    def transformer(self) -> str:
+        """The map of the blocks: ``"affine"``, ``"commutant"`` or ``"spline"``."""
+        return self._transformer.kind
+
+    @property
+    def log_scale_bound(self) -> float:
+        """The largest :math:`|s|`."""
+        return self._transformer.log_scale_bound
