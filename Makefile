@@ -5,6 +5,7 @@
 #   make demo     the main example (ARGS="--steps 500" passes arguments)
 #   make lint     ruff and mypy
 #   make bench    the benchmarks
+#   make tutorials  the notebooks, executed (ARGS=--smoke: short runs, nothing kept)
 #   make clean    remove .venv and caches
 #
 # Variables: PYTHON, the interpreter of .venv; TORCH, what pip is given to install torch (any build
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: env test demo lint bench clean
+.PHONY: env test demo lint bench tutorials clean
 
 env: $(STAMP)
 
@@ -31,12 +32,12 @@ $(STAMP): setup.cfg pyproject.toml pyro_equiflow/version.py $(shell find stand_i
 	    echo "python3-venv is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	@# torch goes first: what depends on it would pull in the default build.
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet ./stand_ins/py3nj ./stand_ins/lie_learn --editable '.[plots,tutorials,bench,dev]'
+	$(PIP) install --quiet ./stand_ins/py3nj ./stand_ins/lie_learn --editable '.[plots,tutorials,docs,bench,dev]'
 	$(PIP) check
 	@touch $@
 
 # One thread a process: small tensor work is many times slower where threads outnumber cores.
-test bench: export OMP_NUM_THREADS = 1
+test bench tutorials: export OMP_NUM_THREADS = 1
 test: env
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
@@ -50,6 +51,9 @@ lint: env
 
 bench: env
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+tutorials: env
+	$(BIN)/python tutorials/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
