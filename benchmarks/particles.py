@@ -122,13 +122,15 @@ class Coupled(dist.TransformedDistribution):
         return super().log_prob(value).nan_to_num(nan=-math.inf)
 
 
-def build(arm: str, num_transforms: int, hidden_dims: tuple[int, ...]) -> tuple[torch.nn.Module, Callable]:
+def build(
+    arm: str, num_transforms: int, hidden_dims: tuple[int, ...], transformer: str
+) -> tuple[torch.nn.Module, Callable]:
     """An arm's flow, from data's coordinates to the base, and what makes the distribution of positions of it."""
     trivial = group.trivial_group().trivial_representation
     plane = group.directsum([trivial, trivial])
     vector = plane if arm == "none" else group.o2_group().irrep(1, 1)
     kind = particle_type(PARTICLES, vector)
-    flow = equivariant_flow(kind, num_transforms=num_transforms, hidden_dims=hidden_dims)
+    flow = equivariant_flow(kind, num_transforms=num_transforms, hidden_dims=hidden_dims, transformer=transformer)
     swaps = particle_type(PARTICLES, plane, permutations=True)
 
     def distribution(flow: torch.nn.Module) -> dist.TransformedDistribution:
@@ -171,7 +173,7 @@ class Result(NamedTuple):
 def run(arm: str, train: Tensor, test: Tensor, args: argparse.Namespace) -> Result:
     """Fits an arm and scores it on fresh positions."""
     torch.manual_seed(args.seed)
-    flow, distribution = build(arm, args.transforms, tuple(args.hidden))
+    flow, distribution = build(arm, args.transforms, tuple(args.hidden), args.transformer)
     flow.to(args.device)
     density = distribution(flow)
     optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
@@ -235,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--transforms", type=int, default=8, help="couplings")
+    parser.add_argument("--transformer", default="affine", help="of the couplings: affine, commutant or spline")
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 64], help="channels of the hidden layers")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--draws", type=int, default=20_000, help="for log Z")
