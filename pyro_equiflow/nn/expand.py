@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.nn.periodic import pad_periodic
+
 __all__ = ["Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
 
 
@@ -187,11 +189,14 @@ def _expand_conv(module: Any, convolve: Callable[..., Tensor]) -> Expanded:
     options = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
     if mode == "zeros":
         options["padding"] = module.padding
-    pads = module._reversed_padding_repeated_twice
+    pads = module._reversed_padding_repeated_twice[: 2 * dimensions]
+    widths = pads[::-2]
 
     def fn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if mode != "zeros" and any(pads):
-            x = F.pad(x, pads[: 2 * dimensions], mode=mode)
+        if mode == "circular":
+            x = pad_periodic(x, widths)
+        elif mode != "zeros" and any(pads):
+            x = F.pad(x, pads, mode=mode)
         return convolve(x, weight, bias, **options)
 
     return Expanded(fn, (weight,) if bias is None else (weight, bias))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
 from pyro_equiflow.nn.expansion_plan import ExpansionPlan
 from pyro_equiflow.nn.kernels import kernel_basis
+from pyro_equiflow.nn.periodic import pad_periodic
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis, is_permutation
 
@@ -206,19 +207,18 @@ class SteerableConv(_BasisLayer):
         """A convolution with the kernel ``weight``."""
         dimensions, pad = len(self._kernel_shape()), self.kernel_size // 2
         convolve, transposed = (F.conv2d, F.conv_transpose2d) if dimensions == 2 else (F.conv3d, F.conv_transpose3d)
-        circular = self.padding_mode == "circular" and pad > 0
+        circular, widths = self.padding_mode == "circular" and pad > 0, dimensions * (pad,)
 
         def fn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             if circular:
-                x = F.pad(x, 2 * dimensions * (pad,), mode="circular")
-                return convolve(x, weight, bias)
+                return convolve(pad_periodic(x, widths), weight, bias)
             return convolve(x, weight, bias, padding=pad)
 
         def pullback(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
             def pull(p: Tensor) -> Tensor:
                 if circular:
-                    p = F.pad(p, 2 * dimensions * (pad,), mode="circular")
-                return transposed(p, weight, padding=2 * pad if circular else pad)
+                    return transposed(pad_periodic(p, widths), weight, padding=2 * pad)
+                return transposed(p, weight, padding=pad)
 
             return pull
 
