@@ -375,6 +375,20 @@ def test_linear_is_the_exponential_of_a_dense_intertwiner(name):
     torch.testing.assert_close(transform.log_abs_det_jacobian(x, transform(x))[0], expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["C4", "SO2", "octahedral-regular", "D4-plane"])
+def test_linear_has_one_exponential_or_one_an_irrep(name, monkeypatch):
+    """Small matrices share one exponential, with the same map, log-det and gradients."""
+    x = events(f"linear-{name}", (3,), torch.float64)
+    found = []
+    for most in (32, 0):
+        monkeypatch.setattr("pyro_equiflow.transforms.linear._JOINT", most)
+        transform = make("linear", name).double()
+        y, ladj = transform.call_and_ladj(x)
+        (gradient,) = torch.autograd.grad(y.square().sum() + ladj.sum(), transform.weight)
+        found.append((y, ladj, gradient))
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["C4", "C5", "D3", "SO2", "O2", "SO3", "icosahedral"])
 def test_linear_has_all_intertwiners(name):
     """As many weights as escnn's own linear layer between the type and itself."""
