@@ -7,6 +7,7 @@ element where it is largest. Tolerances by default are those the package holds i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "assert_inverse",
     "assert_log_det",
     "equivariance_error",
+    "equivariance_errors",
     "invariance_error",
     "inverse_error",
     "log_det_error",
@@ -60,23 +62,47 @@ def _relative(difference: Tensor, reference: Tensor, dimensions: int) -> float:
     return float((norm(difference, dim=axes) / norm(reference, dim=axes).clamp_min(1e-30)).max())
 
 
-def _image_type(function: Any, in_type: FieldType, out_type: FieldType | None) -> FieldType:
-    return out_type or getattr(function, "out_type", in_type)
+def _worst(errors: list[tuple[GroupElement, float]]) -> tuple[float, GroupElement | None]:
+    # Nothing compares with NaN, which is the worst of all.
+    where, error = max(errors, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1], default=(None, 0.0))
+    return error, where
 
 
 @torch.no_grad()
-def _worst_equivariance(
-    function: Callable[[Tensor], Tensor], x: Tensor, in_type: FieldType, out_type: FieldType, elements: Any
-) -> tuple[float, GroupElement | None]:
-    worst: tuple[float, GroupElement | None] = (0.0, None)
-    image = function(x)
+def equivariance_errors(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    field_type: FieldType | None = None,
+    *,
+    out_type: FieldType | None = None,
+    elements: Iterable[GroupElement] | None = None,
+) -> list[tuple[GroupElement, float]]:
+    r"""Each group element with the largest :math:`|f(g \cdot x) - g \cdot f(x)| / |f(x)|` over the samples.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.testing import equivariance_errors
+        >>> space = gspaces.no_base_space(group.cyclic_group(4))
+        >>> vector = enn.FieldType(space, [space.irrep(1)])
+        >>> [round(error, 6) for _, error in equivariance_errors(torch.relu, torch.tensor([1.0, 0.0]), vector)]
+        [0.0, 0.0, 1.0, 1.0]
+
+    :param function: a transform, or any map of events.
+    :param x: events ``(*batch, C, *spatial)``.
+    :param field_type: how the group acts on ``x``; default the function's own.
+    :param out_type: how it acts on the image; default the function's own, else as on ``x``.
+    :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
+    """
+    in_type = _field_type(function, field_type)
+    image_type = out_type or getattr(function, "out_type", in_type)
+    image, errors = function(x), []
     for g in _elements(in_type, elements):
-        expected = act(out_type, g, image)
+        expected = act(image_type, g, image)
         found = function(act(in_type, g, x))
-        error = _relative(found - expected, expected, event_dim(out_type))
-        if not error <= worst[0]:
-            worst = (error, g)
-    return worst
+        errors.append((g, _relative(found - expected, expected, event_dim(image_type))))
+    return errors
 
 
 def equivariance_error(
@@ -87,29 +113,18 @@ def equivariance_error(
     out_type: FieldType | None = None,
     elements: Iterable[GroupElement] | None = None,
 ) -> float:
-    r"""The largest :math:`|f(g \cdot x) - g \cdot f(x)| / |f(x)|` over samples and group elements.
-
-    :param function: a transform, or any map of events.
-    :param x: events ``(*batch, C, *spatial)``.
-    :param field_type: how the group acts on ``x``; default the function's own.
-    :param out_type: how it acts on the image; default the function's own, else as on ``x``.
-    :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
-    """
-    in_type = _field_type(function, field_type)
-    return _worst_equivariance(function, x, in_type, _image_type(function, in_type, out_type), elements)[0]
+    """The largest of :func:`equivariance_errors`, which takes the same arguments."""
+    return _worst(equivariance_errors(function, x, field_type, out_type=out_type, elements=elements))[0]
 
 
 @torch.no_grad()
 def _worst_invariance(
     log_prob: Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
 ) -> tuple[float, GroupElement | None]:
-    worst: tuple[float, GroupElement | None] = (0.0, None)
     reference = log_prob(x)
-    for g in _elements(field_type, elements):
-        error = float((log_prob(act(field_type, g, x)) - reference).abs().max())
-        if not error <= worst[0]:
-            worst = (error, g)
-    return worst
+    return _worst(
+        [(g, float((log_prob(act(field_type, g, x)) - reference).abs().max())) for g in _elements(field_type, elements)]
+    )
 
 
 def _log_prob(thing: Distribution | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -203,7 +218,7 @@ def assert_equivariant(
 ) -> None:
     """Raises ``AssertionError`` where :func:`equivariance_error` is above the tolerance."""
     in_type = _field_type(function, field_type)
-    error, where = _worst_equivariance(function, x, in_type, _image_type(function, in_type, out_type), elements)
+    error, where = _worst(equivariance_errors(function, x, in_type, out_type=out_type, elements=elements))
     _require("equivariance", error, _tolerance("equivariance", x.dtype, tolerance, in_type), where)
 
 
