@@ -98,6 +98,7 @@ class AugmentedDistribution(TorchDistribution):
     :param joint: a distribution of events ``(C + C_e, *spatial)`` of type ``augment(field_type, auxiliary)``; as a
         rule a flow over an :class:`~pyro_equiflow.InvariantNormal`.
     :param field_type: how the group acts on the event, its ``C`` channels.
+    :param validate_args: whether arguments are checked; by default as :func:`pyro.enable_validation` says.
     :raises TypeError: ``joint`` is no distribution.
     :raises ValueError: a joint event without room for the event and auxiliary channels.
 

@@ -44,6 +44,7 @@ class InvariantNormal(TorchDistribution):
     :param spatial_shape: side lengths of the grid; empty without a base space.
     :param loc: invariant coordinates of the mean, shape ``(*batch, num_locs)``; default 0.
     :param scale: standard deviations, positive, shape ``(*batch, num_scales)``; default 1.
+    :param validate_args: whether arguments are checked; by default as :func:`pyro.enable_validation` says.
     :raises ValueError: shapes that do not fit the field type, scales that are not positive.
     """
 
@@ -171,6 +172,7 @@ class OrbitMixture(TorchDistribution):
 
     :param base: a distribution of events ``(C, *spatial)``.
     :param field_type: how a finite group acts on them; on grids by elements that permute the grid.
+    :param validate_args: whether arguments are checked; by default as :func:`pyro.enable_validation` says.
     :raises ValueError: an infinite group, elements that do not permute the grid, or another event shape.
     """
 

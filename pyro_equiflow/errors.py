@@ -7,8 +7,32 @@ __all__ = ["ConvergenceError", "EquivarianceError"]
 
 
 class ConvergenceError(RuntimeError):
-    """An iteration ended short of its tolerance: the message says by how much, for how many, and what to change."""
+    """An iteration ended short of its tolerance: the message says by how much, for how many, and what to change.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.solvers import FixedPoint
+        >>> FixedPoint().solve(lambda x, index: 0.9 * x + 1, torch.zeros(1, 1), lipschitz=0.9, max_steps=3)
+        Traceback (most recent call last):
+            ...
+        pyro_equiflow.errors.ConvergenceError: 1 of 1 samples (first: 0) did not converge in 3 steps: ...
+    """
 
 
 class EquivarianceError(ValueError):
-    """A declared symmetry does not hold: the message gives the error, the tolerance and where it is largest."""
+    """A declared symmetry does not hold: the message gives the error, the tolerance and where it is largest.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import AutoEquivariantFlow
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.ones(2), 1.0).to_event(1))
+        >>> space = gspaces.no_base_space(group.so2_group())
+        >>> AutoEquivariantFlow(model, {"z": enn.FieldType(space, [space.irrep(1)])})()
+        Traceback (most recent call last):
+            ...
+        pyro_equiflow.errors.EquivarianceError: the model does not have the declared symmetry. Sites that change: z. ...
+    """

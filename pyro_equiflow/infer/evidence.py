@@ -32,6 +32,13 @@ class EvidenceEstimate(NamedTuple):
 
     For a target :math:`p = e^{-S} / Z` known up to :math:`Z` the log evidence is :math:`\log Z`.
 
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.infer import evidence_estimate
+        >>> evidence_estimate(torch.zeros(100)).efficiency
+        1.0
+
     :ivar elbo: mean of the log weights, in nats.
     :ivar elbo_stderr: its standard error.
     :ivar log_evidence: log of the mean weight: a consistent estimate of :math:`\log p(y)`, low on average.
@@ -69,6 +76,18 @@ def importance_weights(
     Wraps :func:`pyro.infer.importance.vectorized_importance_weights`: model and guide have to allow a plate on their
     left, as for ``Trace_ELBO(vectorize_particles=True)``.
 
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_equiflow.infer import importance_weights
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Normal(0.0, 0.5**0.5))
+        >>> importance_weights(model, guide, num_samples=3)  # of the posterior itself: all are the evidence
+        tensor([-1.2655, -1.2655, -1.2655])
+
     :param model: a Pyro model.
     :param guide: its guide.
     :param args: arguments of both.
@@ -94,6 +113,14 @@ def importance_weights(
 
 class WeightedDraws(NamedTuple):
     """Draws from a distribution, and their log importance weights.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> from pyro_equiflow.infer import weighted_draws
+        >>> found = weighted_draws(dist.Normal(0.0, 1.0), lambda x: -x.square() / 2, num_samples=100)
+        >>> found.draws.shape, found.log_weights.shape
+        (torch.Size([100]), torch.Size([100]))
 
     :ivar draws: shape ``(num_samples, *event_shape)``.
     :ivar log_weights: shape ``(num_samples,)``.
@@ -219,6 +246,14 @@ def evidence_estimate(log_weights: Tensor) -> EvidenceEstimate:
 def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[float, float]:
     r"""The bound :math:`E \log \frac{1}{K} \sum_{k=1}^K w_k \le \log p(y)` and its standard error.
 
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.infer import importance_weighted_bound
+        >>> bound, stderr = importance_weighted_bound(torch.full((100,), -3.0), num_particles=10)
+        >>> round(bound, 4)
+        -3.0
+
     :param log_weights: shape ``(n,)``; cut into ``n // num_particles`` groups, two at least.
     :param num_particles: :math:`K`; 1 gives the ELBO.
     :raises ValueError: fewer than two groups, or weights that are NaN or infinite.
@@ -238,6 +273,13 @@ def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[
 
 class MetropolisChain(NamedTuple):
     """A Markov chain over draws, by their indices.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.infer import metropolis
+        >>> metropolis(torch.zeros(5)).acceptance_rate
+        1.0
 
     :ivar indices: which draw is the chain's state at each time, shape ``(n,)``; starts with draw 0.
     :ivar acceptance_rate: share of the draws after the first that were accepted.

@@ -39,6 +39,18 @@ _SPREADS = (1.0, 0.3, 3.0)  # standard deviations of the draws, in turn
 class InvarianceReport:
     """How far a model's log joint density is from invariant under a declared action.
 
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.infer import check_model_invariance
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.ones(2), 1.0).to_event(1))
+        >>> space = gspaces.no_base_space(group.so2_group())
+        >>> report = check_model_invariance(model, {"z": enn.FieldType(space, [space.irrep(1)])})
+        >>> report.invariant, report.offenders
+        (False, ['z'])
+
     :ivar absolute: the largest change of the log joint, in nats.
     :ivar relative: the largest change divided by the sum of the sites' absolute log-densities (at least 1).
     :ivar sites: for each site the largest change relative to the same sum, largest first. Sites may trade density

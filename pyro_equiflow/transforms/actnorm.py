@@ -140,6 +140,16 @@ class EquivariantActNorm(EquivariantTransform):
 def equivariant_actnorm(field_type: enn.FieldType, *, data_init: bool = True) -> EquivariantActNorm:
     """An :class:`EquivariantActNorm`.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_actnorm
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> equivariant_actnorm(vectors)(torch.randn(50, 6)).shape
+        torch.Size([50, 6])
+
     :param field_type: how the group acts on the event.
     :param data_init: whether the first batch sets the parameters.
     """

@@ -67,6 +67,21 @@ class EquivariantTransform(TransformModule):
     the pass's own tensors forgets the pass. Edits through ``parameter.data`` in place leave no trace: after them
     score a copy of the draw.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import EquivariantTransform
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> class Double(EquivariantTransform):
+        ...     def _call_and_ladj(self, x):
+        ...         return 2 * x, x.new_full(x.shape[:-1], x.shape[-1] * torch.tensor(2.0).log())
+        ...     def _inverse_and_ladj(self, y):
+        ...         return y / 2, y.new_full(y.shape[:-1], -y.shape[-1] * torch.tensor(2.0).log())
+        >>> Double(vectors).call_and_ladj(torch.ones(6))
+        (tensor([2., 2., 2., 2., 2., 2.]), tensor(4.1589))
+
     :param field_type: how the group acts on the event.
     :param out_type: how it acts on the image, over the same base space; by default as on the event.
     :param cache_size: 0 or 1.

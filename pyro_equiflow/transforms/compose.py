@@ -18,7 +18,19 @@ class Compose(EquivariantTransform):
 
     Equivariant because each part is; the log-det is the sum of the parts'.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import Compose, equivariant_actnorm, equivariant_coupling
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> flow = Compose([equivariant_actnorm(vectors), equivariant_coupling(vectors)])
+        >>> flow(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
     :param transforms: parts, each of the field type that the one before it gives.
+    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises ValueError: no part, or field types that do not fit.
     """
 

@@ -80,6 +80,18 @@ def _broadcast(x: Tensor, context: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 class ConditionalEquivariantTransform(ConditionalTransformModule):
     r"""A family of transforms indexed by a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import conditional_equivariant_coupling
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1)])
+        >>> family = conditional_equivariant_coupling(vectors, context_type)
+        >>> family.condition(torch.randn(5, 2))(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
     :param transform: the transform; its conditioner takes the context's channels after its own.
     :param context_type: how the group acts on the context.
     """

@@ -205,6 +205,20 @@ class ConditionalEquivariantCoupling(ConditionalEquivariantTransform):
 
     As :class:`EquivariantCoupling`, with the context joined to :math:`x_a` in front of the conditioner.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import ConditionalEquivariantCoupling, EquivariantCoupling
+        >>> from pyro_equiflow.nn import steerable_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> types = EquivariantCoupling.conditioner_types(vectors, context_type=context_type)
+        >>> family = ConditionalEquivariantCoupling(vectors, context_type, steerable_net(*types))
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
     :param conditioner: a module between the types of ``EquivariantCoupling.conditioner_types(field_type,
@@ -283,8 +297,29 @@ def conditional_equivariant_coupling(
 ) -> ConditionalEquivariantCoupling:
     """A :class:`ConditionalEquivariantCoupling` with a :func:`~pyro_equiflow.nn.steerable_net` as conditioner.
 
-    :param context_type: how the group acts on the context; the other parameters are those of
-        :func:`equivariant_coupling`.
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import conditional_equivariant_coupling
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> family = conditional_equivariant_coupling(vectors, context_type)
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
+    :param field_type: how the group acts on the event.
+    :param context_type: how the group acts on the context.
+    :param hidden_dims: see :func:`equivariant_coupling`.
+    :param split: see :func:`equivariant_coupling`.
+    :param split_by: see :func:`equivariant_coupling`.
+    :param transformer: see :func:`equivariant_coupling`.
+    :param log_scale_bound: see :func:`equivariant_coupling`.
+    :param spline_bound: see :func:`equivariant_coupling`.
+    :param num_bins: see :func:`equivariant_coupling`.
+    :param identity_init: see :func:`equivariant_coupling`.
+    :param net_kwargs: see :func:`equivariant_coupling`.
     """
     chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
     types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)

@@ -224,6 +224,21 @@ class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
 
     As :class:`EquivariantIAF`, with the context joined to :math:`x` in front of the network; every block sees it.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import ConditionalEquivariantIAF, EquivariantIAF
+        >>> from pyro_equiflow.nn import MaskedSteerableNet
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> types = EquivariantIAF.conditioner_types(vectors, context_type=context_type)
+        >>> degrees = EquivariantIAF.conditioner_degrees(vectors, context_type=context_type)
+        >>> family = ConditionalEquivariantIAF(vectors, context_type, MaskedSteerableNet(*types, *degrees))
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
     :param conditioner: a masked network between the types of ``EquivariantIAF.conditioner_types(field_type,
@@ -255,6 +270,16 @@ def equivariant_iaf(
     **net_kwargs: Any,
 ) -> EquivariantIAF:
     """An :class:`EquivariantIAF` with a :class:`~pyro_equiflow.nn.MaskedSteerableNet` as conditioner.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_iaf
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> equivariant_iaf(vectors)(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
 
     :param field_type: how the group acts on the event.
     :param hidden_dims: channels of the conditioner's hidden layers.
@@ -289,7 +314,29 @@ def conditional_equivariant_iaf(
 ) -> ConditionalEquivariantIAF:
     """A :class:`ConditionalEquivariantIAF` with a :class:`~pyro_equiflow.nn.MaskedSteerableNet` as conditioner.
 
-    :param context_type: how the group acts on the context; the other parameters are those of :func:`equivariant_iaf`.
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import conditional_equivariant_iaf
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> family = conditional_equivariant_iaf(vectors, context_type)
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
+    :param field_type: how the group acts on the event.
+    :param context_type: how the group acts on the context.
+    :param hidden_dims: see :func:`equivariant_iaf`.
+    :param order: see :func:`equivariant_iaf`.
+    :param split_by: see :func:`equivariant_iaf`.
+    :param transformer: see :func:`equivariant_iaf`.
+    :param log_scale_bound: see :func:`equivariant_iaf`.
+    :param spline_bound: see :func:`equivariant_iaf`.
+    :param num_bins: see :func:`equivariant_iaf`.
+    :param identity_init: see :func:`equivariant_iaf`.
+    :param net_kwargs: see :func:`equivariant_iaf`.
     """
     chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
     parts = _Ordered(field_type, order, split_by, chosen)

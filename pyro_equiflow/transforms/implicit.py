@@ -54,6 +54,7 @@ class EquivariantImplicit(ContractionTransform):
     :param conditioner_x: the network :math:`F`, as for :class:`~pyro_equiflow.EquivariantResidual`.
     :param conditioner_y: the network :math:`H`, likewise.
     :param lipschitz: :math:`c`, inside (0, 1).
+    :param kwargs: the parameters that follow.
     :param log_det: estimator of the log-dets, as for :class:`~pyro_equiflow.EquivariantResidual`, and so for
         ``solver``, ``adjoint``, ``tolerance``, ``max_steps``, ``on_failure`` and ``cache_size``.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantImplicit`).
@@ -93,6 +94,21 @@ class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
     As :class:`EquivariantImplicit`, with the context joined to :math:`x` and to :math:`y` in front of the networks,
     whose weights for the context are free.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import ConditionalEquivariantImplicit, EquivariantImplicit
+        >>> from pyro_equiflow.nn import lipschitz_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 1 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> types = EquivariantImplicit.conditioner_types(vectors, context_type=context_type)
+        >>> nets = lipschitz_net(*types), lipschitz_net(*types)
+        >>> family = ConditionalEquivariantImplicit(vectors, context_type, *nets)
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 2)).shape
+        torch.Size([5, 2])
+
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
     :param conditioner_x: a module between the types of ``EquivariantImplicit.conditioner_types(field_type,
@@ -118,6 +134,16 @@ def equivariant_implicit(
 ) -> EquivariantImplicit:
     """An :class:`EquivariantImplicit` with a :func:`~pyro_equiflow.nn.lipschitz_net` for each conditioner.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_implicit
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 1 * [space.irrep(1, 1)])
+        >>> equivariant_implicit(vectors)(torch.randn(5, 2)).shape
+        torch.Size([5, 2])
+
     :param field_type: how the group acts on the event.
     :param hidden_dims: channels of the conditioners' hidden layers.
     :param identity_init: whether the transform starts as the identity.
@@ -137,8 +163,23 @@ def conditional_equivariant_implicit(
 ) -> ConditionalEquivariantImplicit:
     """A :class:`ConditionalEquivariantImplicit` with a :func:`~pyro_equiflow.nn.lipschitz_net` for each conditioner.
 
-    :param context_type: how the group acts on the context; the other parameters are those of
-        :func:`equivariant_implicit`.
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import conditional_equivariant_implicit
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 1 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> family = conditional_equivariant_implicit(vectors, context_type)
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 2)).shape
+        torch.Size([5, 2])
+
+    :param field_type: how the group acts on the event.
+    :param context_type: how the group acts on the context.
+    :param hidden_dims: see :func:`equivariant_implicit`.
+    :param identity_init: see :func:`equivariant_implicit`.
+    :param kwargs: see :func:`equivariant_implicit`.
     """
     nets = lipschitz_nets(2, field_type, context_type, hidden_dims, identity_init, kwargs)
     return ConditionalEquivariantImplicit(field_type, context_type, *nets, **kwargs)

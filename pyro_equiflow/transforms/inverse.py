@@ -19,6 +19,18 @@ class Inverse(EquivariantTransform):
     For density estimation put a transform whose inverse is cheap the other way round: ``Inverse(transform)``.
     Equivariant as the transform is; log-det and costs are the transform's with the directions exchanged.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import Inverse, equivariant_iaf
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> maf = Inverse(equivariant_iaf(vectors))
+        >>> x = torch.randn(5, 6)
+        >>> bool(torch.allclose(maf.inv(maf(x)), x, atol=1e-5))
+        True
+
     :param transform: any :class:`EquivariantTransform`.
     """
 

@@ -153,6 +153,16 @@ def _matrix_exp(matrix: Tensor) -> Tensor:
 def equivariant_linear(field_type: enn.FieldType, *, identity_init: bool = True) -> EquivariantLinear:
     """An :class:`EquivariantLinear`.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_linear
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> equivariant_linear(vectors, identity_init=False)(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
     :param field_type: how the group acts on the event.
     :param identity_init: whether it starts as the identity; else :math:`A` starts small and random.
     """

@@ -56,6 +56,7 @@ class EquivariantResidual(ContractionTransform):
     :param conditioner: an escnn ``EquivariantModule`` between the types of :meth:`conditioner_types`, of layers with a
         rule of :func:`~pyro_equiflow.nn.lipschitz_bound`.
     :param lipschitz: :math:`c`, inside (0, 1).
+    :param kwargs: the parameters that follow.
     :param log_det: estimator of the log-det, see :mod:`pyro_equiflow.logdet`; by default exact up to 16 entries, beyond
         unbiased in training and deterministic under ``eval()``.
     :param solver: see :mod:`pyro_equiflow.solvers`, and so for ``adjoint``, ``tolerance``, ``max_steps`` and
@@ -90,6 +91,20 @@ class ConditionalEquivariantResidual(ConditionalEquivariantTransform):
     As :class:`EquivariantResidual`, with the context joined to :math:`x` in front of the network, which is held below
     :math:`c` in :math:`x` alone: the context's own weights in the first layer are free.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import ConditionalEquivariantResidual, EquivariantResidual
+        >>> from pyro_equiflow.nn import lipschitz_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 1 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> types = EquivariantResidual.conditioner_types(vectors, context_type=context_type)
+        >>> family = ConditionalEquivariantResidual(vectors, context_type, lipschitz_net(*types))
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 2)).shape
+        torch.Size([5, 2])
+
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
     :param conditioner: a module between the types of ``EquivariantResidual.conditioner_types(field_type,
@@ -114,6 +129,16 @@ def equivariant_residual(
 ) -> EquivariantResidual:
     """An :class:`EquivariantResidual` with a :func:`~pyro_equiflow.nn.lipschitz_net` as conditioner.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_residual
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 1 * [space.irrep(1, 1)])
+        >>> equivariant_residual(vectors)(torch.randn(5, 2)).shape
+        torch.Size([5, 2])
+
     :param field_type: how the group acts on the event.
     :param hidden_dims: channels of the conditioner's hidden layers.
     :param identity_init: whether the transform starts as the identity.
@@ -133,8 +158,23 @@ def conditional_equivariant_residual(
 ) -> ConditionalEquivariantResidual:
     """A :class:`ConditionalEquivariantResidual` with a :func:`~pyro_equiflow.nn.lipschitz_net` as conditioner.
 
-    :param context_type: how the group acts on the context; the other parameters are those of
-        :func:`equivariant_residual`.
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import conditional_equivariant_residual
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 1 * [space.irrep(1, 1)])
+        >>> context_type = enn.FieldType(space, [space.irrep(1, 1), space.trivial_repr])
+        >>> family = conditional_equivariant_residual(vectors, context_type)
+        >>> family.condition(torch.randn(5, 3))(torch.randn(5, 2)).shape
+        torch.Size([5, 2])
+
+    :param field_type: how the group acts on the event.
+    :param context_type: how the group acts on the context.
+    :param hidden_dims: see :func:`equivariant_residual`.
+    :param identity_init: see :func:`equivariant_residual`.
+    :param kwargs: see :func:`equivariant_residual`.
     """
     (net,) = lipschitz_nets(1, field_type, context_type, hidden_dims, identity_init, kwargs)
     return ConditionalEquivariantResidual(field_type, context_type, net, **kwargs)

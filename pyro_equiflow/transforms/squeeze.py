@@ -130,6 +130,15 @@ class EquivariantSqueeze(EquivariantTransform):
 def equivariant_squeeze(field_type: enn.FieldType, *, haar: bool = False) -> EquivariantSqueeze:
     """An :class:`EquivariantSqueeze`.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, nn as enn
+        >>> from pyro_equiflow import equivariant_squeeze
+        >>> space = gspaces.flipRot2dOnR2(4)
+        >>> equivariant_squeeze(enn.FieldType(space, [space.trivial_repr]), haar=True)(torch.randn(5, 1, 8, 8)).shape
+        torch.Size([5, 4, 4, 4])
+
     :param field_type: how the group acts on the event.
     :param haar: whether channels are averages and differences over cells.
     """
