@@ -113,7 +113,25 @@ def equivariance_error(
     out_type: FieldType | None = None,
     elements: Iterable[GroupElement] | None = None,
 ) -> float:
-    """The largest of :func:`equivariance_errors`, which takes the same arguments."""
+    r"""The largest :math:`|f(g \cdot x) - g \cdot f(x)| / |f(x)|` over samples and group elements.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_coupling
+        >>> from pyro_equiflow.testing import equivariance_error
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> equivariance_error(equivariant_coupling(vectors, identity_init=False), torch.randn(5, 6)) < 1e-5
+        True
+
+    :param function: a transform, or any map of events.
+    :param x: events ``(*batch, C, *spatial)``.
+    :param field_type: how the group acts on ``x``; default the function's own.
+    :param out_type: how it acts on the image; default the function's own, else as on ``x``.
+    :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
+    """
     return _worst(equivariance_errors(function, x, field_type, out_type=out_type, elements=elements))[0]
 
 
@@ -140,6 +158,17 @@ def invariance_error(
 ) -> float:
     r"""The largest :math:`|\log q(g \cdot x) - \log q(x)|`, in nats, over samples and group elements.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import InvariantNormal
+        >>> from pyro_equiflow.testing import invariance_error
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> invariance_error(InvariantNormal(vectors), torch.randn(5, 6)) < 1e-4
+        True
+
     :param distribution: a distribution, or a function that gives a log-density.
     :param x: events ``(*batch, C, *spatial)``.
     :param field_type: how the group acts on ``x``; default the distribution's own.
@@ -151,6 +180,17 @@ def invariance_error(
 @torch.no_grad()
 def inverse_error(transform: Any, x: Tensor) -> float:
     """The largest relative error of ``transform.inv(transform(x))`` and of the other order, caches not used.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_coupling
+        >>> from pyro_equiflow.testing import inverse_error
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> inverse_error(equivariant_coupling(vectors, identity_init=False), torch.randn(5, 6)) < 1e-5
+        True
 
     :param transform: any ``torch.distributions.Transform``.
     :param x: events ``(*batch, C, *spatial)``.
@@ -172,6 +212,17 @@ def log_det_error(transform: Any, x: Tensor) -> float:
     r"""The largest error of ``log_abs_det_jacobian`` against the dense autograd Jacobian's ``slogdet``.
 
     Relative to :math:`\max(1, |\log\det|)`. Both directions are checked.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_coupling
+        >>> from pyro_equiflow.testing import log_det_error
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> log_det_error(equivariant_coupling(vectors, identity_init=False), torch.randn(5, 6)) < 1e-4
+        True
 
     :param transform: any ``torch.distributions.Transform``.
     :param x: events ``(*batch, C, *spatial)``; small ones, the Jacobian is dense.
@@ -216,7 +267,29 @@ def assert_equivariant(
     elements: Iterable[GroupElement] | None = None,
     tolerance: float | None = None,
 ) -> None:
-    """Raises ``AssertionError`` where :func:`equivariance_error` is above the tolerance."""
+    """Raises ``AssertionError`` where :func:`equivariance_error` is above the tolerance.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.testing import assert_equivariant
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> assert_equivariant(torch.neg, torch.randn(5, 6), vectors)
+        >>> assert_equivariant(torch.tanh, torch.randn(5, 6), vectors)
+        Traceback (most recent call last):
+            ...
+        AssertionError: equivariance error ... is above the tolerance 1.0e-05 at the group element ...
+
+    :param function: see :func:`equivariance_error`.
+    :param x: see :func:`equivariance_error`.
+    :param field_type: see :func:`equivariance_error`.
+    :param out_type: see :func:`equivariance_error`.
+    :param elements: see :func:`equivariance_error`.
+    :param tolerance: the largest error that passes; by default :data:`TOLERANCES`' for the dtype.
+    :raises AssertionError: an error above it, with the group element where it is largest.
+    """
     in_type = _field_type(function, field_type)
     error, where = _worst(equivariance_errors(function, x, in_type, out_type=out_type, elements=elements))
     _require("equivariance", error, _tolerance("equivariance", x.dtype, tolerance, in_type), where)
@@ -233,6 +306,23 @@ def assert_invariant(
     """Raises ``AssertionError`` where :func:`invariance_error` is above the tolerance.
 
     By default the tolerance is that of equivariance times the size of the log-density (at least 1).
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import InvariantNormal
+        >>> from pyro_equiflow.testing import assert_invariant
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> assert_invariant(InvariantNormal(vectors), torch.randn(5, 6))
+
+    :param distribution: see :func:`invariance_error`.
+    :param x: see :func:`invariance_error`.
+    :param field_type: see :func:`invariance_error`.
+    :param elements: see :func:`invariance_error`.
+    :param tolerance: the largest change that passes, in nats.
+    :raises AssertionError: a change above it, with the group element where it is largest.
     """
     found_type = _field_type(distribution, field_type)
     log_prob = _log_prob(distribution)
@@ -245,10 +335,42 @@ def assert_invariant(
 
 
 def assert_inverse(transform: Any, x: Tensor, *, tolerance: float | None = None) -> None:
-    """Raises ``AssertionError`` where :func:`inverse_error` is above the tolerance."""
+    """Raises ``AssertionError`` where :func:`inverse_error` is above the tolerance.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_coupling
+        >>> from pyro_equiflow.testing import assert_inverse
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> assert_inverse(equivariant_coupling(vectors, identity_init=False), torch.randn(5, 6))
+
+    :param transform: see :func:`inverse_error`.
+    :param x: see :func:`inverse_error`.
+    :param tolerance: the largest error that passes; by default :data:`TOLERANCES`' for the dtype.
+    :raises AssertionError: an error above it.
+    """
     _require("inverse", inverse_error(transform, x), _tolerance("inverse", x.dtype, tolerance))
 
 
 def assert_log_det(transform: Any, x: Tensor, *, tolerance: float | None = None) -> None:
-    """Raises ``AssertionError`` where :func:`log_det_error` is above the tolerance."""
+    """Raises ``AssertionError`` where :func:`log_det_error` is above the tolerance.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import equivariant_coupling
+        >>> from pyro_equiflow.testing import assert_log_det
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> assert_log_det(equivariant_coupling(vectors, identity_init=False), torch.randn(5, 6))
+
+    :param transform: see :func:`log_det_error`.
+    :param x: see :func:`log_det_error`.
+    :param tolerance: the largest error that passes; by default :data:`TOLERANCES`' for the dtype.
+    :raises AssertionError: an error above it.
+    """
     _require("log-det", log_det_error(transform, x), _tolerance("log_det", x.dtype, tolerance))

@@ -27,6 +27,14 @@ __all__ = [
 class LogDet(NamedTuple):
     r"""What an estimator found, a sample; shape ``(B,)`` but for the last two.
 
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.logdet import Exact
+        >>> found = Exact()(lambda x: 0.5 * x, torch.zeros(3, 2), (), lipschitz=0.5, training=True)
+        >>> bool(((found.value - 2 * torch.tensor(1.5).log()).abs() <= found.error).all())
+        True
+
     :ivar value: :math:`\log|\det(I + J_f(x))|` or its estimate, with gradients to ``x`` and ``tensors``.
     :ivar error: a bound on ``|value - exact|`` that always holds as long as ``lipschitz`` does; no gradient. Where
         probes are random it is as wide as the range of values that the Lipschitz constant allows: see ``stderr``.
@@ -45,6 +53,18 @@ class LogDet(NamedTuple):
 
 class Estimator(Protocol):
     r"""Anything that estimates :math:`\log|\det(I + J_f(x))|` a sample.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.logdet import Estimator, LogDet
+        >>> def of_scaling(fn, x, tensors, *, lipschitz, training) -> LogDet:
+        ...     y = fn(x, *tensors)  # of the form a x
+        ...     value = x.shape[1] * (1 + (y / x)[:, 0]).log()
+        ...     return LogDet(value, torch.zeros_like(value), torch.zeros_like(value), y)
+        >>> estimator: Estimator = of_scaling
+        >>> estimator(lambda x: 0.5 * x, torch.ones(3, 2), (), lipschitz=0.5, training=True).value.exp()
+        tensor([2.2500, 2.2500, 2.2500])
 
     :param fn: a map on plain tensors, ``fn(x, *tensors)``, from ``(B, *event)`` to ``(B, *event)``; the samples of a
         batch do not see each other.

@@ -25,6 +25,15 @@ EXACT_IN_EVALUATION = 1024
 class ByMode:
     """One estimator in training, another outside it.
 
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.logdet import ByMode, Exact, RussianRoulette
+        >>> estimator = ByMode(training=RussianRoulette(), evaluation=Exact())
+        >>> found = estimator(lambda x: 0.5 * x, torch.zeros(3, 2), (), lipschitz=0.5, training=False)
+        >>> found.value.exp()  # 1.5 ** 2
+        tensor([2.2500, 2.2500, 2.2500])
+
     :param training: called with ``training=True``.
     :param evaluation: called with ``training=False``.
     """
@@ -47,6 +56,14 @@ def default_estimator(event_size: int) -> Estimator:
     training always deterministic: exact up to 1024 entries, whose error bound is one of rounding only; beyond, a power
     series with 16 fixed probes, whose bound is the range that the Lipschitz constant allows and whose ``stderr`` tells
     the likely error. For a tight bound there pass ``Exact()`` and pay its cost, one reverse pass an entry.
+
+    Example::
+
+        >>> from pyro_equiflow.logdet import default_estimator
+        >>> default_estimator(2)
+        Exact(rows=64)
+        >>> type(default_estimator(100)).__name__
+        'ByMode'
 
     :param event_size: number of entries of one event.
     :raises ValueError: ``event_size`` is not a positive integer.

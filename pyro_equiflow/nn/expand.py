@@ -24,6 +24,20 @@ class Expanded(NamedTuple):
 
     ``fn`` holds no learnable state of its own, so it goes through ``torch.func`` and ``torch.compile``;
     ``tensors`` keep the autograd graph back to the module's parameters.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import SteerableLinear, expand
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> expanded = expand(SteerableLinear(vectors, vectors))
+        >>> expanded(torch.randn(5, 6)).shape
+        torch.Size([5, 6])
+
+    :ivar fn: the map, a function of a plain tensor and ``tensors``.
+    :ivar tensors: the expanded weights.
     """
 
     fn: Callable[..., Tensor]
@@ -125,7 +139,24 @@ def _as_it_is(module: enn.EquivariantModule) -> Expanded:
 
 
 class SteerableModule(enn.EquivariantModule):
-    """An escnn module defined by its expansion: subclasses say :meth:`expanded`, this class the rest."""
+    """An escnn module defined by its expansion: subclasses say :meth:`expanded`, this class the rest.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import Expanded, SteerableModule
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> class Negative(SteerableModule):
+        ...     def expanded(self):
+        ...         return Expanded(torch.neg, ())
+        >>> Negative(vectors, vectors)(enn.GeometricTensor(torch.ones(1, 6), vectors)).tensor
+        tensor([[-1., -1., -1., -1., -1., -1.]])
+
+    :param in_type: input field type.
+    :param out_type: output field type.
+    """
 
     def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType) -> None:
         super().__init__()

@@ -41,6 +41,17 @@ class InvariantGateNet(SteerableModule):
     the input's irreps holds an irrep of input or output. An output irrep that neither the input nor one product
     holds is zero.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import InvariantGateNet
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> net = InvariantGateNet(vectors, vectors, hidden_dims=(32, 32))
+        >>> net(enn.GeometricTensor(torch.randn(5, 6), vectors)).shape
+        torch.Size([5, 6])
+
     :param in_type: input field type with no base space, of irreps.
     :param out_type: output field type, of irreps.
     :param hidden_dims: channels of the hidden layers, the irreps carried along counted in (to at most one half).

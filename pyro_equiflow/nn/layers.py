@@ -113,6 +113,16 @@ class SteerableLinear(_BasisLayer):
 
     Spans all equivariant affine maps between two types with no base space (Schur's lemma).
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import SteerableLinear
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> SteerableLinear(vectors, vectors).filter().shape
+        torch.Size([6, 6])
+
     :param in_type: input field type with no base space.
     :param out_type: output field type over the same group.
     :param bias: whether to add a bias in the invariant subspace.
@@ -168,6 +178,15 @@ class SteerableConv(_BasisLayer):
     Its kernels solve :math:`\kappa(g x) = \rho_\mathrm{out}(g) \kappa(x) \rho_\mathrm{in}(g)^{-1}` (Weiler and
     Cesa, arXiv 1911.08251, eq. 2): escnn's basis, sampled in float64 and averaged over the elements that permute
     the grid, so that these act exactly.
+
+    Example::
+
+        >>> from escnn import gspaces, nn as enn
+        >>> from pyro_equiflow.nn import SteerableConv
+        >>> space = gspaces.rot2dOnR2(4)
+        >>> gray = enn.FieldType(space, [space.trivial_repr])
+        >>> SteerableConv(gray, enn.FieldType(space, 2 * [space.regular_repr]), 3).filter().shape
+        torch.Size([8, 1, 3, 3])
 
     :param in_type: input field type over a 2-D or 3-D base space.
     :param out_type: output field type over the same space.

@@ -105,6 +105,18 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
     over frequencies, at most 1.05 times more, see :func:`~pyro_equiflow.nn.operator_norm.frequencies`. Small grids with
     zero padding may lie further below their bound, which holds for the periodic grid that contains them.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import SteerableLinear, expand, weight_norm
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> layer = SteerableLinear(vectors, vectors)
+        >>> bound = weight_norm(layer, expand(layer).tensors[0])
+        >>> bool(torch.linalg.matrix_norm(layer.filter(), 2) <= bound)
+        True
+
     :param module: the layer.
     :param weight: its expanded weight, or some of that weight's input channels.
     :param spatial_shape: the grid; ``None`` for every grid.
@@ -173,6 +185,18 @@ class LipschitzConditioner(Conditioner):
 
     With ``context`` channels behind the event's, the constant is that in the event: in the first layer, if it is
     linear, the context's part of the weight is left as it is.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import LipschitzConditioner, lipschitz_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> network = LipschitzConditioner(lipschitz_net(vectors, vectors), vectors, vectors, 0.9)
+        >>> expanded, bound = network.normalized()
+        >>> expanded(torch.randn(5, 6)).shape, bool(bound <= 0.9)
+        (torch.Size([5, 6]), True)
 
     :param network: an escnn ``EquivariantModule``: linear layers and others with a rule of :func:`lipschitz_bound`.
     :param in_type: the type it has to take, the context's fields last.

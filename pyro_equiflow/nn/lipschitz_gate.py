@@ -43,6 +43,17 @@ class LipschitzGate(FieldGates):
     :math:`v` at :math:`v = 0`, :math:`u = \pi R / 2`, no gate turns faster than a sine, and no number below
     :math:`\tfrac13` would do.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group
+        >>> from pyro_equiflow.nn import LipschitzGate, expand
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> gate = LipschitzGate(space, 2, 3 * [space.irrep(1, 1)])
+        >>> x, y = torch.randn(2, 100, gate.in_type.size)
+        >>> bool(((expand(gate)(x) - expand(gate)(y)).norm(dim=1) <= (x - y).norm(dim=1) * (1 + 1e-5)).all())
+        True
+
     :param gspace: the gspace of the type.
     :param scalars: number of trivial fields :math:`s`.
     :param irreps: the non-trivial irreps :math:`v_i`, equal ones next to each other.

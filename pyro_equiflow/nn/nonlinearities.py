@@ -84,6 +84,16 @@ def require_one_lipschitz(function: str) -> None:
 class PointwiseNonLinearity(SteerableModule):
     r"""A function of each channel by itself, on fields whose representation permutes channels.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import PointwiseNonLinearity, expand
+        >>> space = gspaces.no_base_space(group.cyclic_group(4))
+        >>> layer = PointwiseNonLinearity(enn.FieldType(space, [space.regular_repr]), "relu")
+        >>> expand(layer)(torch.tensor([[1.0, -1.0, 2.0, -2.0]]))
+        tensor([[1., 0., 2., 0.]])
+
     :param in_type: trivial, regular and quotient fields.
     :param function: ``"elu"``, ``"relu"``, ``"silu"``, ``"tanh"``, ``"sin"``, ``"lipswish"``
         (:math:`x \sigma(x) / 1.1`, Chen et al., *Residual Flows*, arXiv 1906.02735, section 3.3) or ``"sin2pi"``
@@ -172,6 +182,16 @@ class GatedNonLinearity(FieldGates):
     The lengths take the gates' places, so the next linear layer turns the lengths of all fields into scalars
     and gates of all fields. Since layers mix fields linearly before, lengths carry inner products too. Products of
     inputs have no Lipschitz constant; :class:`LipschitzGate` has.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group
+        >>> from pyro_equiflow.nn import GatedNonLinearity, expand
+        >>> space = gspaces.no_base_space(group.so3_group())
+        >>> layer = GatedNonLinearity(space, 1, [space.irrep(1)])
+        >>> expand(layer)(torch.tensor([[0.0, 0.0, 3.0, 4.0, 0.0]]))  # a scalar, a gate, a vector
+        tensor([[0.0000, 5.0990, 1.5000, 2.0000, 0.0000]])
 
     :param gspace: the gspace of the type.
     :param scalars: number of trivial fields :math:`s`.

@@ -24,6 +24,14 @@ OnFailure = Literal["raise", "warn", "ignore"]
 class Solution(NamedTuple):
     r"""What a solver found, sample by sample.
 
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.solvers import Anderson
+        >>> solution = Anderson().solve(lambda x, index: 0.5 * x + 1, torch.zeros(3, 2), lipschitz=0.5)
+        >>> bool(((solution.value - 2).norm(dim=1) <= solution.error).all()), bool(solution.converged.all())
+        (True, True)
+
     :ivar value: the root as found, shape ``(B, *event)``, no graph.
     :ivar error: bound on the distance (2-norm over the event) to the true root, shape ``(B,)``, float64.
     :ivar residual: :math:`|\phi(x) - x|` at ``value``, shape ``(B,)``, float64.
@@ -74,6 +82,15 @@ class Solver(ABC):
     A converged sample leaves the batch: :math:`\phi` is evaluated on the others only, and what it returns for one
     sample enters no other. So a sample's result is the same to the last bit whatever its batch, if :math:`\phi` itself
     rounds a sample alike in any batch (matrix products need not).
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_equiflow.solvers import Anderson, FixedPoint
+        >>> problem = lambda x, index: 0.9 * x.cos(), torch.zeros(1, 2)
+        >>> plain, mixed = (solver.solve(*problem, lipschitz=0.9) for solver in (FixedPoint(), Anderson()))
+        >>> bool(mixed.steps < plain.steps)
+        True
 
     :param rounding: :math:`k`: how many machine epsilons, relative to :math:`s`, an evaluation of :math:`\phi` may be
         off. A model of its rounding, not a proof: raise it for deep or badly scaled maps.

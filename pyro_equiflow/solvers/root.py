@@ -58,7 +58,9 @@ def fixed_point(
         out; by default none is.
     :param solver: by default ``Anderson()``.
     :param adjoint: by default ``DenseAdjoint()`` for events of up to 8 entries, else ``ImplicitAdjoint()``.
-    :param tolerance: as in :meth:`Solver.solve`, and so are ``max_steps`` and ``on_failure``.
+    :param tolerance: as in :meth:`Solver.solve`.
+    :param max_steps: likewise.
+    :param on_failure: likewise.
     :param refine: whether a float32 solution is improved in float64, where rounding keeps float32 from certifying it:
         samples whose certified relative error exceeds ``tolerance``, then by default 2e-6, are solved further with the
         floating-point ``tensors`` cast to float64, and rounded. :math:`\phi` must take either precision, ``lipschitz``
