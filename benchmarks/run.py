@@ -19,6 +19,7 @@ EXPERIMENTS = (
     "transformers.py",
     "amortized.py",
     "image_bits.py",
+    "image_cost.py",
     "karate.py",
     "phi4.py",
     "particles.py",
