@@ -26,7 +26,7 @@ class _Pair:
     """The blocks of a filter between all fields of one representation and all of another.
 
     :ivar seen: which field may see which, ``(fields out, fields in)``.
-    :ivar start: where the weights start; they are ``(number seen, len(basis))``.
+    :ivar start: where the weights start, those of all pairs in a row; they are ``(number seen, len(basis))``.
     :ivar where: rows and columns of the filter.
     """
 
@@ -104,7 +104,7 @@ class ExpansionPlan:
             as_it_is = index.size == self.num_weights and (index.ravel() == np.arange(index.size)).all()
             as_it_is = as_it_is and (factor == 1).all()
             return {"index": None if as_it_is else index.ravel(), "factor": factor}
-        # A zero stands after the rows of all blocks.
+        # Where fields see none of another, a row of zeros after those of all blocks stands.
         zero = sum(pair.shape[0] * math.prod(pair.basis.shape[1:3]) for pair in self.pairs)
         order = np.full(self.shape[:2], zero)
         offset = 0
@@ -116,7 +116,8 @@ class ExpansionPlan:
             order[pair.where] = rows.swapaxes(1, 2).reshape(fields_out * size_out, -1)
             offset += count
         bases = {f"basis{i}": pair.basis.reshape(len(pair.basis), -1) for i, pair in enumerate(self.pairs)}
-        return {"order": order.ravel(), **bases}
+        zeros = np.zeros((1, math.prod(self.shape[2:]))) if (order == zero).any() else None
+        return {"order": order.ravel(), "zeros": zeros, **bases}
 
     def expand(self, weight: Tensor, constants: dict[str, Any]) -> Tensor:
         """The filter of shape ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
@@ -127,14 +128,16 @@ class ExpansionPlan:
                 return weight.view(self.shape)
             return weight.index_select(0, constants["index"]).view(self.shape) * constants["factor"]
         blocks = []
-        for i, pair in enumerate(self.pairs):
-            weights = weight.narrow(0, pair.start, math.prod(pair.shape)).view(pair.shape)
-            part = weights @ constants[f"basis{i}"]
+        parts = split(weight, [math.prod(pair.shape) for pair in self.pairs])
+        for i, (pair, own) in enumerate(zip(self.pairs, parts)):
+            part = own.view(pair.shape) @ constants[f"basis{i}"]
             if self.in_order:
                 return part.view(*pair.seen.shape, *pair.basis.shape[1:3], -1).transpose(1, 2).reshape(self.shape)
             blocks.append(part.view(len(part) * math.prod(pair.basis.shape[1:3]), -1))
-        zero = blocks[0].new_zeros(1, blocks[0].shape[-1])
-        return torch.cat([*blocks, zero]).index_select(0, constants["order"]).view(self.shape)
+        if constants["zeros"] is not None:
+            blocks.append(constants["zeros"])
+        rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return rows.index_select(0, constants["order"]).view(self.shape)
 
 
 def _sparse(basis: np.ndarray) -> np.ndarray:
