@@ -37,7 +37,7 @@ class ConditionableTransform(EquivariantTransform):
 
     :param field_type: how the group acts on the event.
     :param context_type: how it acts on the context; ``None`` where there is none.
-    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+    :param cache_size: 0 or 1, see :class:`~pyro_equiflow.EquivariantTransform`.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def lipschitz_nets(
 class ContractionTransform(ConditionableTransform):
     r"""What transforms made of maps :math:`x + F(x)`, :math:`\operatorname{Lip}(F) \le c < 1`, have in common.
 
-    A subclass holds its networks, made by :meth:`_conditioner`, and lists them in :meth:`_steps`; both directions, the
+    A subclass holds its networks, made by ``_conditioner``, and lists them in ``_steps``; both directions, the
     log-dets and the gradients follow.
 
     :param field_type: how the group acts on the event.
@@ -100,7 +100,7 @@ class ContractionTransform(ConditionableTransform):
     :param max_steps: most evaluations a sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: how the group acts on the context.
-    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+    :param cache_size: 0 or 1, see :class:`~pyro_equiflow.EquivariantTransform`.
     """
 
     def __init__(

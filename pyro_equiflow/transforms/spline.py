@@ -21,7 +21,7 @@ __all__ = ["BlockSpline"]
 
 
 class BlockSpline(BlockMap):
-    r"""Rational-quadratic splines of some blocks, followed by :class:`BlockCommutant`.
+    r"""Rational-quadratic splines of some blocks, followed by :class:`~pyro_equiflow.transforms.affine.BlockCommutant`.
 
     - A permutation field: every channel has a monotone spline of :math:`[-B, B]`, whose knots are fields of the same
       type, so the group carries knots along with the channels they belong to.
@@ -30,8 +30,8 @@ class BlockSpline(BlockMap):
       :math:`d` dimensions its log-det is :math:`\log f'(r) + (d - 1) \log (f(r) / r)` a position.
 
     Beyond :math:`B` both are the identity. The spline is the identity for raw zeros, so the maps of
-    :class:`BlockCommutant`, and with them all affine ones, are among these. Going back loses digits where a spline is
-    flat, as with any inverse: in float32 more than an affine map does.
+    :class:`~pyro_equiflow.transforms.affine.BlockCommutant`, and with them all affine ones, are among these. Going back
+    loses digits where a spline is flat, as with any inverse: in float32 more than an affine map does.
 
     :param blocks: the blocks, in the order of the channels of ``x``.
     :param spatial_dims: dimensions of the grid.
