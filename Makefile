@@ -5,6 +5,7 @@
 #   make demo     the main example (ARGS="--steps 500" passes arguments)
 #   make lint     ruff and mypy
 #   make bench    the benchmarks
+#   make docs     the documentation, in docs/_build/html; warnings are errors
 #   make tutorials  the notebooks, executed (ARGS=--smoke: short runs, nothing kept)
 #   make clean    remove .venv and caches
 #
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: env test demo lint bench tutorials clean
+.PHONY: env test demo lint bench docs tutorials clean
 
 env: $(STAMP)
 
@@ -52,10 +53,14 @@ lint: env
 bench: env
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+docs: env
+	$(BIN)/python -m sphinx -W --keep-going -n -q -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	@echo docs/_build/html/index.html
+
 tutorials: env
 	$(BIN)/python tutorials/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) docs/_build docs/tutorials build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find stand_ins \( -name build -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -58,7 +57,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 nitpicky = True
 # Names of other packages are set as code: linking them would need their inventories from the network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|pyro|escnn|numpy|collections|typing|abc)\..*"),
+    ("py:.*", r"(torch|pyro|escnn|numpy|matplotlib|collections|typing|abc)\..*"),
     ("py:class", "Tensor|FieldType|Distribution"),
 ]
 
@@ -72,7 +71,6 @@ PUBLIC = {
 
 def show_public_bases(app: Any, name: str, obj: type, options: Any, bases: list[type]) -> None:
     """Replaces bases that are the package's own business by what of theirs users know."""
-
 
     def known(base: Any) -> Any:
         own = (c for c in getattr(base, "__mro__", ()) if c in PUBLIC or not c.__module__.startswith("pyro_equiflow"))
@@ -136,7 +134,3 @@ def relinked(text: str) -> str:
 
 
 copy_tutorials()
-
-# The module wants matplotlib, an extra.
-if importlib.util.find_spec("pyro_equiflow.plots") is None:
-    exclude_patterns.append("api/plots.rst")

@@ -202,7 +202,8 @@ class LipschitzConditioner(Conditioner):
     :param in_type: the type it has to take, the context's fields last.
     :param out_type: the type it has to give.
     :param lipschitz: :math:`c`, inside (0, 1).
-    :raises ValueError: ``lipschitz`` outside (0, 1), or no linear layer; else as :class:`~pyro_equiflow.nn.conditioner.Conditioner`.
+    :raises ValueError: ``lipschitz`` outside (0, 1), or no linear layer; else as
+        :class:`~pyro_equiflow.nn.conditioner.Conditioner`.
     :raises TypeError: a module without a rule; else as :class:`~pyro_equiflow.nn.conditioner.Conditioner`.
     """
 

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public name is documented, every page is found, every link leads somewhere, every example runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import pyro_equiflow
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+INTERNAL = {"ops", "registration", "version"}
+PUBLIC = [
+    "pyro_equiflow",
+    *(
+        f"pyro_equiflow.{module.name}"
+        for module in pkgutil.iter_modules(pyro_equiflow.__path__)
+        if module.name not in INTERNAL and not module.name.startswith("_")
+    ),
+]
+
+
+def module(name: str) -> ModuleType:
+    """A public module; that of pictures wants an extra."""
+    if name.endswith(".plots"):
+        pytest.importorskip("matplotlib")
+    return importlib.import_module(name)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name: str) -> None:
+    """A docstring each, and what is called has an example and names its parameters."""
+    found = module(name)
+    assert inspect.getdoc(found)
+    faults = {}
+    for public in found.__all__:
+        thing = getattr(found, public)
+        if isinstance(thing, ModuleType) or not callable(thing):
+            continue
+        lacking = [*lacks(thing), *(lack for member in members(thing) for lack in member)]
+        if lacking:
+            faults[public] = lacking
+    assert not faults
+
+
+def lacks(thing: Any) -> Iterator[str]:
+    """What the docstring of a class or function does not have."""
+    text = inspect.getdoc(thing) or ""
+    if not thing.__doc__:
+        yield "a docstring"
+    if ">>>" not in text:
+        yield "an example"
+    # The constructors of protocols and exceptions say nothing.
+    if not getattr(thing, "_is_protocol", False) and not (inspect.isclass(thing) and issubclass(thing, Exception)):
+        for parameter in inspect.signature(thing).parameters:
+            if not re.search(rf":(param|ivar) {parameter}:", text):
+                yield f":param {parameter}:"
+
+
+def members(thing: Any) -> Iterator[Iterator[str]]:
+    """What the public methods and properties of a class do not have: a docstring, their own or a base's."""
+    if not inspect.isclass(thing):
+        return
+    for name, member in vars(thing).items():
+        if name.startswith("_") or not isinstance(member, (property, classmethod, staticmethod, type(members))):
+            continue
+        if not inspect.getdoc(getattr(thing, name)):
+            yield iter([f"a docstring of {name}"])
+
+
+def listed() -> list[Any]:
+    """What the pages of the API list, as objects."""
+    found = []
+    for page in sorted((DOCS / "api").glob("*.rst")):
+        scope = ""
+        for directive, target in re.findall(r"^ *\.\. (\w+):: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            if directive == "currentmodule":
+                scope = target
+            elif directive == "automodule":
+                found.append(module(target))
+            elif directive in ("autoclass", "autofunction", "autoexception", "autodata"):
+                found.append(resolve(target if target.startswith("pyro_equiflow.") else f"{scope}.{target}"))
+    return found
+
+
+def resolve(path: str) -> Any:
+    owner, name = path.rsplit(".", 1)
+    return getattr(module(owner), name)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_api_pages_list_public_names(name: str) -> None:
+    """By themselves: a name that only a page of another module shows would not be found."""
+    found, pages = module(name), listed()
+    names = [public for public in found.__all__ if not public.startswith("__")]
+    assert [public for public in names if not any(getattr(found, public) is thing for thing in pages)] == []
+
+
+def test_no_name_is_listed_twice() -> None:
+    """Links to it would be ambiguous."""
+    counts = Counter(id(thing) for thing in listed())
+    assert max(counts.values()) == 1
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+# Made when the pages are built, from tutorials/.
+GENERATED = "tutorials/index"
+
+
+def pages() -> dict[str, str]:
+    """The text of every page by its name, such as ``api/nn``."""
+    found = {}
+    for path in DOCS.rglob("*"):
+        name = path.relative_to(DOCS).with_suffix("").as_posix()
+        if path.suffix in (".md", ".rst") and not name.startswith(("_build/", "tutorials/")):
+            found[name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def entries(text: str) -> Iterator[str]:
+    """What the tables of contents of a page list."""
+    for block in re.findall(r"```\{toctree\}\n(.*?)```|\.\. toctree::\n((?:   .*\n|\n)+)", text, re.DOTALL):
+        for line in "".join(block).splitlines():
+            if line.strip() and not line.strip().startswith(":"):
+                yield line.strip()
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    texts, reached, new = pages(), set(), {"index"}
+    while new:
+        name = new.pop()
+        reached.add(name)
+        folder = os.path.dirname(name)
+        for entry in entries(texts.get(name, "")):
+            if entry == "*":
+                matching = {page for page in texts if os.path.dirname(page) == folder}
+            else:
+                matching = {os.path.normpath(os.path.join(folder, entry))}
+                assert matching <= {*texts, GENERATED}, f"{name}: no page {entry}"
+            new |= matching - reached
+    assert reached == {*texts, GENERATED}
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------
+
+MARKDOWN = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md")),
+    ROOT / "tutorials/README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted((ROOT / "tutorials").glob("*.ipynb")),
+]
+
+
+def markdown(path: Path) -> str:
+    """The text of a Markdown file with what it includes, or of a notebook's Markdown cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"```\{include\} (\S+)\n.*?```", lambda m: markdown(path.parent / m.group(1)), text, flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """Names of the headings of a Markdown file, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", markdown(path), flags=re.DOTALL | re.MULTILINE)
+    found: Counter[str] = Counter()
+    names = set()
+    for heading in re.findall(r"^#+ +(.*)$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        name = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        names.add(f"{name}-{found[name]}" if found[name] else name)
+        found[name] += 1
+    return names
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_resolve(path: Path) -> None:
+    """Relative links lead to files, and anchors to headings in them."""
+    text = markdown(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path if not file else path.parent / file
+        if target == DOCS / f"{GENERATED}.md":
+            target = ROOT / "tutorials/README.md"
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+# ---- examples ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["index", "questions"])
+def test_examples_of_pages_run(page: str) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    results = doctest.testfile(str(DOCS / f"{page}.md"), module_relative=False, optionflags=flags)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_every_question_has_an_example() -> None:
+    """Ten are listed, and each is answered by one that runs."""
+    text = (DOCS / "questions.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert len(sections) == len(re.findall(r"^\d+\. \[", text, re.MULTILINE)) == 10
+    assert [section.splitlines()[0] for section in sections if ">>>" not in section] == []
+
+
+def test_readmes_first_example_runs_from_an_empty_file(tmp_path: Path) -> None:
+    """Ten lines, pasted as they are."""
+    (example, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert ">>>" not in example
+    assert len([line for line in example.splitlines() if line]) <= 10
+    file = tmp_path / "example.py"
+    file.write_text(example, encoding="utf-8")
+    run = subprocess.run([sys.executable, "-W", "error", str(file)], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    losses = json.loads(run.stdout)
+    assert losses[-1] < losses[0]
