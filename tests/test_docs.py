@@ -216,10 +216,13 @@ def test_links_resolve(path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["index", "questions"])
 def test_examples_of_pages_run(page: str) -> None:
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    results = doctest.testfile(str(DOCS / f"{page}.md"), module_relative=False, optionflags=flags)
-    assert results.attempted > 0
-    assert results.failed == 0
+    """All of a page in one session."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```pycon\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page, None, None)
+    assert len(examples.examples) == text.count(">>> ") > 0
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(examples).failed == 0
 
 
 def test_every_question_has_an_example() -> None:
