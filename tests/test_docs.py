@@ -211,6 +211,62 @@ def test_links_resolve(path: Path) -> None:
     assert not broken
 
 
+# ---- what pages say of others and of measurements ------------------------------------------------------------------
+
+
+def rows(page: str, heading: str) -> Iterator[list[str]]:
+    """The rows of the tables of a page's section, each with the first word of its table's head in front."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", pages()[page], re.DOTALL | re.MULTILINE)
+    for head, body in re.findall(r"^(\|.*)\n\|[-|]+\n((?:\|.*\n)+)", section, re.MULTILINE):
+        for row in body.splitlines():
+            yield [head.split("|")[1].strip(), *(cell.strip() for cell in row.split("|")[1:-1])]
+
+
+def names(cell: str) -> set[str]:
+    """What code in a cell calls, and what stands by itself."""
+    found = set()
+    for code in re.findall(r"`([^`]+)`", cell):
+        code = re.sub(r"\b(flows|nets|utils|distributions|gspaces|nn)\.", "", code)
+        found |= set(re.findall(r"(?<![\w.])[A-Za-z_]\w+(?=\()|^[A-Za-z_]\w+$", code))
+    return found
+
+
+def test_names_of_others_exist() -> None:
+    """Of Pyro, normflows and escnn, and ours beside them, in "Coming from"."""
+    nf = pytest.importorskip("normflows")
+    from escnn import gspaces
+    from escnn import nn as enn
+    from pyro import distributions as dist
+    from pyro import infer
+
+    escnn = ("escnn", [gspaces, enn, enn.EquivariantModule])
+    ours = ("ours", [pyro_equiflow, pyro_equiflow.nn, pyro_equiflow.testing, dist.transforms, dist])
+    sides = {
+        "Pyro": [("Pyro", [dist.transforms, dist, infer.autoguide]), ours],
+        "normflows": [("normflows", [nf, nf.flows, nf.nets, nf.utils, nf.distributions]), ours],
+        "e2cnn": [("e2cnn", None), escnn],
+        "e2cnn or escnn code": [escnn, ours],
+    }
+    seen, missing = 0, []
+    for heading in ("From Pyro's own transforms", "From normflows", "From e2cnn"):
+        for kind, *cells in rows("coming_from", heading):
+            for cell, (side, owners) in zip(cells, sides[kind]):
+                if owners is not None:
+                    seen += len(names(cell))
+                    missing += [(side, n) for n in names(cell) if not any(hasattr(owner, n) for owner in owners)]
+    assert seen > 80
+    assert missing == []
+
+
+def test_costs_are_those_of_the_results() -> None:
+    """Every figure of the tables, so that a new measurement is not left out here."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    tables = "".join(line for line in pages()["costs"].splitlines(keepends=True) if line.startswith("|"))
+    figures = set(re.findall(r"\d+(?:\.\d+)?", re.sub(r"\]\([^)]*\)", "", tables)))
+    assert len(figures) > 30
+    assert {figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", results)} == set()
+
+
 # ---- examples ------------------------------------------------------------------------------------------------------
 
 
