@@ -38,7 +38,6 @@ if os.environ.get("MATHJAX_PATH"):
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
-myst_links_external_new_tab = False
 # Notebooks come with what they printed and drew: make tutorials executes them.
 nb_execution_mode = "off"
 nb_merge_streams = True

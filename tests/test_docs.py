@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -56,7 +56,7 @@ def test_public_names_are_documented(name: str) -> None:
         thing = getattr(found, public)
         if isinstance(thing, ModuleType) or not callable(thing):
             continue
-        lacking = [*lacks(thing), *(lack for member in members(thing) for lack in member)]
+        lacking = [*lacks(thing), *(f"a docstring of {member}" for member in undocumented_members(thing))]
         if lacking:
             faults[public] = lacking
     assert not faults
@@ -76,15 +76,12 @@ def lacks(thing: Any) -> Iterator[str]:
                 yield f":param {parameter}:"
 
 
-def members(thing: Any) -> Iterator[Iterator[str]]:
-    """What the public methods and properties of a class do not have: a docstring, their own or a base's."""
-    if not inspect.isclass(thing):
-        return
-    for name, member in vars(thing).items():
-        if name.startswith("_") or not isinstance(member, (property, classmethod, staticmethod, type(members))):
-            continue
-        if not inspect.getdoc(getattr(thing, name)):
-            yield iter([f"a docstring of {name}"])
+def undocumented_members(thing: Any) -> Iterator[str]:
+    """Public methods and properties of a class without a docstring, their own or a base's."""
+    kinds = (property, classmethod, staticmethod, FunctionType)
+    for name, member in vars(thing).items() if inspect.isclass(thing) else ():
+        if not name.startswith("_") and isinstance(member, kinds) and not inspect.getdoc(getattr(thing, name)):
+            yield name
 
 
 def listed() -> list[Any]:
@@ -109,7 +106,7 @@ def resolve(path: str) -> Any:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_api_pages_list_public_names(name: str) -> None:
-    """By themselves: a name that only a page of another module shows would not be found."""
+    """By directives of their own, whose text is the docstring."""
     found, pages = module(name), listed()
     names = [public for public in found.__all__ if not public.startswith("__")]
     assert [public for public in names if not any(getattr(found, public) is thing for thing in pages)] == []
