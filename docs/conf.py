@@ -101,7 +101,7 @@ def copy_tutorials() -> None:
         pages["index.md"] += f"\n```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
     target.mkdir(exist_ok=True)
     for old in target.iterdir():
-        if old.name not in pages:
+        if old.is_file() and old.name not in pages:
             old.unlink()
     for name, text in pages.items():
         page = target / name
