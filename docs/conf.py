@@ -24,6 +24,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
@@ -31,10 +32,6 @@ root_doc = "index"
 
 html_theme = "furo"
 html_title = f"pyro_equiflow {pyro_equiflow.__version__}"
-
-# Readers' browsers fetch MathJax; without a network they show TeX. A copy of its own makes pages work there too.
-if os.environ.get("MATHJAX_PATH"):
-    mathjax_path = os.environ["MATHJAX_PATH"]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
