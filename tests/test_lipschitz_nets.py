@@ -287,7 +287,8 @@ def test_options_reach_the_layers():
 
 def test_plain_networks_keep_their_gates():
     kind = field_type("SO2-plane")
-    assert any(isinstance(module, GatedNonLinearity) for module in steerable_net(kind, kind, hidden_dims=(8,)))
+    (gate,) = steerable_net(kind, kind, hidden_dims=(8,)).layers.between
+    assert isinstance(gate, GatedNonLinearity)
 
 
 @pytest.mark.parametrize("name", ["O2", "C4", "C4-plane", "SO2-plane"])

@@ -14,7 +14,7 @@ from escnn import nn as enn
 from escnn.group import Representation
 from torch import Tensor
 
-from pyro_equiflow.nn.gather import block_gather, is_disjoint
+from pyro_equiflow.nn.gather import Gather, block_gather, is_disjoint
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import split
 
@@ -160,19 +160,18 @@ class JointExpansion:
         self._weights = [plan.num_weights for plan in plans]
         self._entries = [math.prod(plan.shape) for plan in plans]
         self._channels = [len(basis) for basis in invariants]
-        self._joint = all(plan.disjoint for plan in plans) and sum(self._weights) > 0
+        joint = all(plan.disjoint for plan in plans) and sum(self._weights) > 0
         arrays = [plan.arrays() for plan in plans]
-        joined = [_joined(arrays, self._weights)] if self._joint else arrays
-        self._constants = [Constants(**found) for found in joined]
+        self._gather = _joined(arrays, self._weights) if joint else None
+        self._constants = [] if joint else [Constants(**found) for found in arrays]
         self._bias_constants = Constants(**_bias_arrays(invariants))
 
     def filters(self, weight: Tensor) -> list[Tensor]:
         """The filters ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
-        if not self._joint:
+        if self._gather is None:
             parts = split(weight, self._weights)
             return [plan.expand(w, c.like(w)) for plan, w, c in zip(self._plans, parts, self._constants)]
-        constants = self._constants[0].like(weight)
-        filters = split(weight.index_select(0, constants["index"]) * constants["factor"], self._entries)
+        filters = split(self._gather(weight), self._entries)
         return [f.view(plan.shape) for f, plan in zip(filters, self._plans)]
 
     def biases(self, bias: Tensor) -> Sequence[Tensor | None]:
@@ -185,7 +184,7 @@ class JointExpansion:
         return split(constants["matrix"] @ bias, self._channels)
 
 
-def _joined(arrays: Sequence[dict[str, Any]], weights: Sequence[int]) -> dict[str, np.ndarray | None]:
+def _joined(arrays: Sequence[dict[str, Any]], weights: Sequence[int]) -> Gather:
     """The gathers of several filters as one."""
     index, factor = [], []
     for found, own, start in zip(arrays, weights, np.cumsum([0, *weights[:-1]])):
@@ -193,7 +192,7 @@ def _joined(arrays: Sequence[dict[str, Any]], weights: Sequence[int]) -> dict[st
         # A layer without weights reads some number, times zero.
         index.append(np.minimum(start + entries, sum(weights) - 1))
         factor.append(found["factor"].ravel())
-    return {"index": np.concatenate(index), "factor": np.concatenate(factor)}
+    return Gather(np.concatenate(index), np.concatenate(factor))
 
 
 def _bias_arrays(invariants: Sequence[np.ndarray]) -> dict[str, np.ndarray | None]:

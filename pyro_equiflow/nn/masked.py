@@ -6,16 +6,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import torch
 from escnn import nn as enn
 from escnn.group import Representation
-from torch import Tensor
 
-from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
-from pyro_equiflow.nn.expansion_plan import JointExpansion
+from pyro_equiflow.nn.expand import Expanded, SteerableModule
+from pyro_equiflow.nn.layered import Layers
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, steerable_layer
 from pyro_equiflow.nn.masked_invariant import MaskedInvariantGate, evenly, useful_degrees
 from pyro_equiflow.nn.networks import check_network, gates_by_invariants, hidden_layer
@@ -113,7 +111,7 @@ class MaskedSteerableNet(SteerableModule):
         return self._map.expanded(self.weight, self.bias)
 
 
-class MaskedLayers:
+class MaskedLayers(Layers):
     """Linear layers with masks between fields, and nonlinearities between them.
 
     Parameters as of :class:`MaskedSteerableNet`, with ``hidden`` the nonlinearities.
@@ -137,34 +135,7 @@ class MaskedLayers:
             linears.append(steerable_layer(present, layer.in_type, *kernel, np.greater_equal.outer(own, degrees)))
             present, degrees = layer.out_type, own
         linears.append(steerable_layer(present, out_type, *kernel, np.greater.outer(out_degrees, degrees)))
-        self._linears, self._hidden = tuple(linears), tuple(hidden)
-        self._build()
-
-    def _build(self) -> None:
-        self._joint = JointExpansion(
-            [layer.plan for layer in self._linears], [layer.invariants for layer in self._linears]
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_joint"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._build()
-
-    def initial(self, zero_init: bool) -> tuple[Tensor, Tensor]:
-        """Takes the layers' own weights and biases over; the last weights are zero if asked for."""
-        if zero_init:
-            torch.nn.init.zeros_(self._linears[-1].weight)
-        weights, biases = zip(*(layer.give_parameters() for layer in self._linears))
-        return torch.cat(weights), torch.cat(biases)
-
-    def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
-        """The layers one after the other."""
-        expanded = zip(self._linears, self._joint.filters(weight), self._joint.biases(bias))
-        linears = [layer.with_filter(weight, bias) for layer, weight, bias in expanded]
-        between = [part for pair in zip(linears, map(expand, self._hidden)) for part in pair]
-        return chained([*between, linears[-1]])
+        super().__init__(linears, hidden)
 
 
 def _spread(

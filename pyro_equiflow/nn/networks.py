@@ -10,7 +10,8 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
-from pyro_equiflow.nn.layers import steerable_layer
+from pyro_equiflow.nn.layered import LayeredNet
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, steerable_layer
 from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FieldGates, GatedNonLinearity, PointwiseNonLinearity, require_one_lipschitz
 from pyro_equiflow.nn.parts import IrrepParts
@@ -34,7 +35,8 @@ def steerable_net(
 
     Finite groups: regular hidden fields with a pointwise function, between :class:`SteerableLinear` layers on points
     and :class:`SteerableConv` on grids. Continuous groups: :class:`InvariantGateNet` on points, scalars and irreps with
-    :class:`GatedNonLinearity` on grids.
+    :class:`GatedNonLinearity` on grids. Its parameters are two tensors or few more, whatever the number of layers: an
+    optimizer's cost goes by their number.
 
     Example::
 
@@ -63,7 +65,7 @@ def steerable_net(
         if zero_init:
             net.zero_output()
         return net
-    return _sequence(in_type, out_type, layers, kernel_size, padding_mode, zero_init)
+    return LayeredNet(_linears(in_type, out_type, layers, kernel_size, padding_mode), layers, zero_init)
 
 
 def lipschitz_net(
@@ -114,7 +116,16 @@ def lipschitz_net(
         hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=True)
         for width in hidden_dims
     ]
-    return _sequence(in_type, out_type, layers, kernel_size, padding_mode, zero_init)
+    linears = _linears(in_type, out_type, layers, kernel_size, padding_mode)
+    for linear, hidden in zip(linears, layers):
+        if isinstance(hidden, LipschitzGate) and linear.bias is not None:
+            # Shut gates would let nothing through where the input holds no scalars. The type's invariants are its
+            # trivial fields: scalars, then gates.
+            torch.nn.init.constant_(linear.bias[hidden.scalars :], hidden.half_open)
+    if zero_init:
+        torch.nn.init.zeros_(linears[-1].weight)
+    between = [module for pair in zip(linears, layers) for module in pair]
+    return enn.SequentialModule(*between, linears[-1])
 
 
 def check_network(in_type: enn.FieldType, out_type: enn.FieldType, hidden_dims: Sequence[int]) -> None:
@@ -134,29 +145,16 @@ def gates_by_invariants(
     return gated and IrrepParts.fit(in_type) and IrrepParts.fit(out_type)
 
 
-def _sequence(
+def _linears(
     in_type: enn.FieldType,
     out_type: enn.FieldType,
     layers: Sequence[PointwiseNonLinearity | FieldGates],
     kernel_size: int,
     padding_mode: str,
-    zero_init: bool,
-) -> enn.SequentialModule:
-    """Linear layers, on points or grids, around the nonlinearities given."""
-
-    modules: list[enn.EquivariantModule] = []
-    present = in_type
-    for hidden in layers:
-        modules += [steerable_layer(present, hidden.in_type, kernel_size, padding_mode), hidden]
-        if isinstance(hidden, LipschitzGate):
-            # Shut gates would let nothing through where the input holds no scalars. The type's invariants are its
-            # trivial fields: scalars, then gates.
-            torch.nn.init.constant_(modules[-2].bias[hidden.scalars :], hidden.half_open)
-        present = hidden.out_type
-    last = steerable_layer(present, out_type, kernel_size, padding_mode)
-    if zero_init:
-        torch.nn.init.zeros_(last.weight)
-    return enn.SequentialModule(*modules, last)
+) -> list[SteerableLinear | SteerableConv]:
+    """The linear layers, on points or grids, around the nonlinearities given."""
+    starts, ends = [in_type, *(layer.out_type for layer in layers)], [*(layer.in_type for layer in layers), out_type]
+    return [steerable_layer(start, end, kernel_size, padding_mode) for start, end in zip(starts, ends)]
 
 
 def hidden_layer(

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers with nonlinearities between them, all weights in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from escnn import nn as enn
+from torch import Tensor
+
+from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
+from pyro_equiflow.nn.expansion_plan import JointExpansion
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+
+__all__ = ["LayeredNet", "Layers"]
+
+
+class Layers:
+    """The map of some layers by their weights and biases, each one tensor: an optimizer's cost goes by the number.
+
+    :param linears: linear layers; their parameters are taken off them by :meth:`initial`.
+    :param between: the nonlinearities between them, one fewer.
+    """
+
+    def __init__(
+        self, linears: Sequence[SteerableLinear | SteerableConv], between: Sequence[enn.EquivariantModule]
+    ) -> None:
+        self.linears, self.between = tuple(linears), tuple(between)
+        self._build()
+
+    def _build(self) -> None:
+        self._joint = JointExpansion(
+            [layer.plan for layer in self.linears], [layer.invariants for layer in self.linears]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_joint"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build()
+
+    def initial(self, zero_init: bool) -> tuple[Tensor, Tensor]:
+        """Takes the layers' own weights and biases over; the last weights are zero if asked for."""
+        if zero_init:
+            torch.nn.init.zeros_(self.linears[-1].weight)
+        weights, biases = zip(*(layer.give_parameters() for layer in self.linears))
+        return torch.cat(weights), torch.cat(biases)
+
+    def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
+        """The layers one after the other."""
+        expanded = zip(self.linears, self._joint.filters(weight), self._joint.biases(bias))
+        linears = [layer.with_filter(weight, bias) for layer, weight, bias in expanded]
+        between = [part for pair in zip(linears, map(expand, self.between)) for part in pair]
+        return chained([*between, linears[-1]])
+
+
+class LayeredNet(SteerableModule):
+    """A steerable perceptron or CNN with all its parameters in two tensors.
+
+    The layers themselves stay out of the module tree, where they would be walked over at every call.
+
+    :param linears: the linear layers, from the input type to the output type.
+    :param between: the nonlinearities between them, one fewer.
+    :param zero_init: whether the last layer starts at zero.
+    :ivar weight: the free weights of all layers, one after the other.
+    :ivar bias: the free biases of all layers; ``None`` where no layer's output has invariants.
+    """
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        linears: Sequence[SteerableLinear | SteerableConv],
+        between: Sequence[enn.EquivariantModule],
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__(linears[0].in_type, linears[-1].out_type)
+        self.layers = Layers(linears, between)
+        weight, bias = self.layers.initial(zero_init)
+        self.weight = torch.nn.Parameter(weight)
+        # A parameter that takes part in nothing would have no gradient.
+        self.register_parameter("bias", torch.nn.Parameter(bias) if len(bias) else None)
+
+    def expanded(self) -> Expanded:
+        """The network on plain tensors, weights expanded from the present parameters."""
+        return self.layers.expanded(self.weight, self.weight.new_zeros(0) if self.bias is None else self.bias)
