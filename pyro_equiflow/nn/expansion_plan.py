@@ -81,6 +81,8 @@ class ExpansionPlan:
                     std.append(np.sqrt(out_rep.size / fans) / norm)
                     self.num_weights += count
         self.init_std = np.concatenate(std)
+        # Found once: numpy's sums cost more than the products at every expansion.
+        self._counts = [math.prod(pair.shape) for pair in self.pairs]
         self.disjoint = all(is_disjoint(pair.basis) for pair in self.pairs)
         # One pair whose fields stand in order: the expanded block is the filter.
         self.in_order = (
@@ -127,17 +129,17 @@ class ExpansionPlan:
             if constants["index"] is None:
                 return weight.view(self.shape)
             return weight.index_select(0, constants["index"]).view(self.shape) * constants["factor"]
-        blocks = []
-        parts = split(weight, [math.prod(pair.shape) for pair in self.pairs])
-        for i, (pair, own) in enumerate(zip(self.pairs, parts)):
-            part = own.view(pair.shape) @ constants[f"basis{i}"]
-            if self.in_order:
-                return part.view(*pair.seen.shape, *pair.basis.shape[1:3], -1).transpose(1, 2).reshape(self.shape)
-            blocks.append(part.view(len(part) * math.prod(pair.basis.shape[1:3]), -1))
+        bases = [constants[f"basis{i}"] for i in range(len(self._counts))]
+        parts = [own.view(-1, len(basis)) @ basis for own, basis in zip(split(weight, self._counts), bases)]
+        if self.in_order:
+            fields, size = self.pairs[0].seen.shape, self.pairs[0].basis.shape[1]
+            return parts[0].view(*fields, size, -1).transpose(1, 2).reshape(self.shape)
+        points = math.prod(self.shape[2:])
+        rows = [part.view(-1, points) for part in parts]
         if constants["zeros"] is not None:
-            blocks.append(constants["zeros"])
-        rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return rows.index_select(0, constants["order"]).view(self.shape)
+            rows.append(constants["zeros"])
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return joined.index_select(0, constants["order"]).view(self.shape)
 
 
 def _sparse(basis: np.ndarray) -> np.ndarray:
