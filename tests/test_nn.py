@@ -275,6 +275,24 @@ def test_zero_init_is_the_zero_map():
     assert not expand(net)(torch.randn(3, 8)).any()
 
 
+@pytest.mark.parametrize("name", ["regular", "plane", "plane, gated"])
+def test_parameters_in_two_tensors(name):
+    """The map of the layers one by one, each with its own part of the weights and biases."""
+    net, x = network_and_input(name)
+    assert [n for n, _ in net.named_parameters()] == ["weight", "bias"]
+    twins = [
+        SteerableConv(layer.in_type, layer.out_type) if x.dim() > 2 else SteerableLinear(layer.in_type, layer.out_type)
+        for layer in net.layers.linears
+    ]
+    weights = net.weight.split([twin.weight.numel() for twin in twins])
+    biases = net.bias.split([twin.bias.numel() for twin in twins])
+    parts = []
+    for twin, weight, bias, between in zip(twins, weights, biases, [*net.layers.between, None]):
+        twin.weight, twin.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+        parts += [twin] if between is None else [twin, between]
+    torch.testing.assert_close(expand(net)(x), expand(enn.SequentialModule(*parts))(x), rtol=1e-12, atol=1e-12)
+
+
 # ---- user-made networks -----------------------------------------------------------------------------------
 
 
