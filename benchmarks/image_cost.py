@@ -55,7 +55,7 @@ class Setting(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Megabytes that a step takes, and that last from step to step: parameters, bases, on a GPU Adam's moments."""
+    """Megabytes that a step takes, and what it reads that lasts: bases and parameters, on a GPU Adam's moments too."""
 
     step: float
     lasting: float

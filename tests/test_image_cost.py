@@ -30,8 +30,12 @@ def test_twins_have_the_same_widths():
     assert [flow.transform[2].transform.field_type.size for flow in flows] == [3, 3]
 
 
-@pytest.mark.parametrize("kind", ["coupling", "iaf"])
-@pytest.mark.parametrize("name, sizes", [("batch", (8, 32)), ("side", (8, 16)), ("width", (16, 32))])
+@pytest.mark.parametrize("kind, name, sizes", [
+    ("coupling", "batch", (8, 32)),
+    ("coupling", "side", (8, 16)),
+    ("coupling", "width", (16, 32)),
+    ("iaf", "batch", (8, 32)),
+])  # fmt: skip
 def test_memory_is_the_twins(kind, name, sizes):
     """What a step keeps for its backward pass, at two sizes of each: as much as the twin's but for some percent."""
     for size in sizes:
