@@ -158,7 +158,7 @@ def test_samples_of_another_size_are_refused() -> None:
 
 
 def test_stems_are_as_high_as_the_errors() -> None:
-    """Of each map and element; errors of 0 lie at the edge, the line at the rounding unit."""
+    """Of each map and element; errors of 0 lie at the edge, the line at the machine epsilon."""
     space = gspaces.no_base_space(group.dihedral_group(4))
     kind = enn.FieldType(space, 2 * [space.irrep(1, 1)])
     maps = {"flow": equivariant_flow(kind, num_transforms=1), "relu": torch.relu}
@@ -172,7 +172,7 @@ def test_stems_are_as_high_as_the_errors() -> None:
     stems = [c for c in axes.collections if hasattr(c, "get_segments")]
     tops = np.array([segment[1, 1] for segment in stems[1].get_segments()])
     assert np.array_equal(tops, errors[errors > 0])
-    assert set(labelled(axes, "rounding unit of float32").get_ydata()) == {torch.finfo(torch.float32).eps}
+    assert set(labelled(axes, "machine epsilon, float32").get_ydata()) == {torch.finfo(torch.float32).eps}
     names = [text.get_text() for text in axes.get_xticklabels()]
     assert names == [f"{90 * k}°" for k in range(4)] + ["mirror 0°", "mirror 45°", "mirror 90°", "mirror 135°"]
     assert axes.get_yscale() == "log"
@@ -224,6 +224,15 @@ def test_pictures_of_a_function_stand_below_their_images() -> None:
         picture = axes[2 * row + 1, 0].images[0]
         assert np.allclose(picture.get_array(), x[row, :2].norm(dim=0))
         assert np.allclose(picture.get_clim(), (picture.get_array().min(), picture.get_array().max()))
+
+
+def test_no_elements_are_refused() -> None:
+    """Nothing to draw."""
+    space = gspaces.rot2dOnR2(4)
+    kind, x = enn.FieldType(space, [space.trivial_repr]), torch.rand(1, 1, 4, 4)
+    for draw in (lambda: plot_rotations(x, kind, elements=[]), lambda: plot_equivariance_error(abs, x, elements=())):
+        with pytest.raises(ValueError, match="elements: expected one group element at least"):
+            draw()
 
 
 def test_bad_images_are_refused() -> None:

@@ -42,6 +42,13 @@ def _name(field_type: FieldType, element: GroupElement) -> str:
     return f"mirror {degrees / 2:.3g}°" if flipped else f"{degrees}°"
 
 
+def _chosen(elements: Iterable[GroupElement] | None) -> list[GroupElement] | None:
+    chosen = None if elements is None else list(elements)
+    if chosen == []:
+        raise ValueError("elements: expected one group element at least, found none; leave it out for all")
+    return chosen
+
+
 def plot_equivariance_error(
     function: Callable[[Tensor], Tensor] | Mapping[str, Callable[[Tensor], Tensor]],
     x: Tensor,
@@ -54,7 +61,7 @@ def plot_equivariance_error(
     r"""The error :math:`|f(g \cdot x) - g \cdot f(x)| / |f(x)|` of each group element, on a log scale.
 
     Stems are as high as :func:`~pyro_equiflow.testing.equivariance_errors` says; an error of exactly 0 (the identity's,
-    say) is a hollow marker at the lower edge. The line is the rounding unit of the dtype of ``x``. Rotations of the
+    say) is a hollow marker at the lower edge. The line is the machine epsilon of the dtype of ``x``. Rotations of the
     plane are named by their angles, reflections ("mirror") by the angles of their axes.
 
     Example::
@@ -75,17 +82,17 @@ def plot_equivariance_error(
     :param ax: where to draw; a new figure by default.
     :raises ValueError: no field type, or errors that are not finite.
     """
-    chosen = None if elements is None else list(elements)
+    chosen = _chosen(elements)
     maps = with_looks(function)
     found = [equivariance_errors(one.value, x, field_type, out_type=out_type, elements=chosen) for one in maps]
     bad = [g for errors in found for g, error in errors if not math.isfinite(error)]
     if bad:
         raise ValueError(f"function: expected finite images of x, found NaN or infinity at the group element {bad[0]}")
     in_type = field_type if field_type is not None else maps[0].value.field_type
-    rounding = torch.finfo(x.dtype).eps
+    epsilon = torch.finfo(x.dtype).eps
     ax = new_axes(ax)
-    lowest = min((e for errors in found for _, e in errors if e > 0), default=rounding)
-    floor = min(lowest, rounding) / 10
+    lowest = min((e for errors in found for _, e in errors if e > 0), default=epsilon)
+    floor = min(lowest, epsilon) / 10
     width = 0.8 / len(maps)
     for index, (one, errors) in enumerate(zip(maps, found)):
         heights = np.array([error for _, error in errors])
@@ -96,14 +103,14 @@ def plot_equivariance_error(
         ax.scatter(places[shown], heights[shown], facecolor=one.colour, label=one.label, **look)
         ax.scatter(places[~shown], np.full((~shown).sum(), floor), facecolor="white", **look)
     name = str(x.dtype).removeprefix("torch.")
-    ax.axhline(rounding, color="black", linestyle="--", linewidth=1, label=f"rounding unit of {name}")
+    ax.axhline(epsilon, color="black", linestyle="--", linewidth=1, label=f"machine epsilon, {name}")
     names = [_name(in_type, g) for g, _ in found[0]]
     every = math.ceil(len(names) / _MOST_TICKS)
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
     ax.set_xticks(range(0, len(names), every), names[::every], **slanted)
     ax.xaxis.set_minor_locator(FixedLocator(range(len(names))))
     ax.set(yscale="log", xlabel="group element", ylabel="equivariance error")
-    ax.set_ylim(floor, 10 * max([rounding, *(e for errors in found for _, e in errors)]))
+    ax.set_ylim(floor, 10 * max([epsilon, *(e for errors in found for _, e in errors)]))
     legend_above(ax)
     return ax
 
@@ -160,7 +167,7 @@ def plot_rotations(
             f"images: expected shape (n, C, H, W) under a field type of images, found {tuple(images.shape)} under "
             f"{field_type}"
         )
-    chosen = grid_elements(field_type) if elements is None else list(elements)
+    chosen = _chosen(elements) or grid_elements(field_type)
     columns = [act(field_type, g, images) for g in chosen]
     rows = [(field_type, columns)]
     if function is not None:
