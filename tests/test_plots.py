@@ -122,6 +122,14 @@ def test_samples_are_drawn_as_they_are() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "second"]
 
 
+def test_panels_may_share_their_axes() -> None:
+    """Side by side on one scale, with a legend on one of them."""
+    _, (left, right) = plt.subplots(1, 2, sharex=True, sharey=True, layout="constrained")
+    plot_samples({"draws": torch.randn(9, 2)}, ax=left)
+    plot_density(lambda x: -x.square().sum(-1), limits=(-1, 1), resolution=9, ax=right)
+    assert left.get_aspect() == right.get_aspect() == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-__all__ = ["Series", "array", "legend_above", "new_axes", "with_looks"]
+__all__ = ["Series", "array", "new_axes", "with_looks"]
 
 # Those of Okabe and Ito, *Color Universal Design* (2008), ordered so that neighbours differ in lightness.
 _COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00")
@@ -55,10 +55,3 @@ def array(values: Any) -> np.ndarray:
     if isinstance(values, Sequence) and any(isinstance(value, Tensor) for value in values):
         return np.stack([array(value) for value in values])
     return torch.as_tensor(values).detach().cpu().double().numpy()
-
-
-def legend_above(ax: Axes) -> None:
-    """A legend outside the axes, where it hides nothing; none without labels."""
-    if ax.get_legend_handles_labels()[1]:
-        spacing = {"columnspacing": 1.2, "handletextpad": 0.5, "labelspacing": 0.2}
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False, **spacing)

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from pyro_equiflow.ops.events import act, check_event, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.plots.looks import array, legend_above, new_axes, with_looks
+from pyro_equiflow.plots.looks import array, new_axes, with_looks
 
 __all__ = ["plot_density", "plot_samples"]
 
@@ -170,6 +170,8 @@ def plot_samples(
         if one.label is not None:
             ax.scatter([], [], s=25, color=one.colour, marker=one.marker, label=one.label)
     _draw_orbit(ax, field_type, orbit)
-    legend_above(ax)
-    ax.set_aspect("equal", adjustable="datalim")
+    if any(one.label is not None for one in sets):
+        # Beside the axes, where it hides neither draws nor title.
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handletextpad=0.5)
+    ax.set_aspect("equal")
     return ax

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_equiflow.ops.events import act, check_event, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.plots.looks import legend_above, new_axes, with_looks
+from pyro_equiflow.plots.looks import new_axes, with_looks
 from pyro_equiflow.testing import equivariance_errors
 
 __all__ = ["plot_equivariance_error", "plot_rotations"]
@@ -110,8 +110,10 @@ def plot_equivariance_error(
     ax.set_xticks(range(0, len(names), every), names[::every], **slanted)
     ax.xaxis.set_minor_locator(FixedLocator(range(len(names))))
     ax.set(yscale="log", xlabel="group element", ylabel="equivariance error")
-    ax.set_ylim(floor, 10 * max([epsilon, *(e for errors in found for _, e in errors)]))
-    legend_above(ax)
+    highest = max([epsilon, *(e for errors in found for _, e in errors)])
+    # A third more decades than the stems need, for the legend.
+    ax.set_ylim(floor, highest * (highest / floor) ** (1 / 3))
+    ax.legend(loc="upper left", ncol=2, frameon=False, fontsize="small", columnspacing=1.2, labelspacing=0.2)
     return ax
 
 
