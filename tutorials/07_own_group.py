@@ -33,6 +33,7 @@ from pyro_equiflow import (
 )
 from pyro_equiflow.infer import evidence_estimate, weighted_draws
 from pyro_equiflow.nn import Expanded, SteerableLinear, SteerableModule, expand, lipschitz_bound, weight_norm
+from pyro_equiflow.plots import plot_equivariance_error
 
 torch.manual_seed(0)
 smoke_test = "CI" in os.environ
@@ -420,6 +421,11 @@ try:
     testing.assert_equivariant(faulty, x)
 except AssertionError as error:
     print(error)
+
+# %%
+_, axis = plt.subplots(figsize=(9, 2.8), layout="constrained")
+plot_equivariance_error({"flow": flow, "own layers": residual, "with a fault": faulty}, x, ax=axis)
+plt.show()
 
 # %% [markdown]
 # Inverse and log-det of the faulty transform are as good as ever: a flow does not need its symmetry to be a flow. That
