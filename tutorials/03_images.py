@@ -20,6 +20,7 @@ import torch
 from escnn import gspaces
 from escnn import nn as enn
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 from pyro_equiflow import LogitTransform, MultiScale, bits_per_dim, dequantize, equivariant_squeeze, image_flow, testing
 from pyro_equiflow.plots import plot_rotations, plot_training
@@ -73,7 +74,7 @@ print("averages and differences:   ", [str(r.name) for r in haar.out_type.repres
 # Pixels of a cell are one field of the regular representation, four channels that a turn permutes. In the basis of
 # averages and differences (Haar's wavelets) these are three fields: the average, which is invariant, the two first
 # differences, which form a vector, and the mixed one, which changes its sign. These can be split. The picture has a
-# digit in four turns, under it the length of the vector of differences: it turns along, as `f(g x) = g f(x)`.
+# digit in four turns, under it the length of the vector of differences: it turns along, $f(g \cdot x) = g \cdot f(x)$.
 
 
 # %%
@@ -95,7 +96,8 @@ plt.show()
 #
 # $$P(k) = \int_{[0, 1)^D} p\left(\tfrac{k + u}{L}\right) L^{-D}\, du$$
 #
-# is the probability of the integers. `bits_per_dim` gives $-\frac{1}{D} \log_2 P(k)$, every Jacobian counted.
+# is the probability of the integers. `bits_per_dim` gives $-\frac{1}{D} \log_2 P(k)$, every Jacobian counted: an upper
+# bound on average, since the integral is a mean over a few draws of $u$.
 #
 # `image_flow` is a multi-scale stack: squeeze, couplings with steerable CNNs, a part of the channels stops, the others
 # go one level deeper. `kept` says which squeezed fields go on: here average and first differences, for every group
@@ -149,7 +151,7 @@ def fit(name, count, steps, every=10, batch=50):
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, curve = (math.inf, None), []
-    for step in range(1, steps + 1):
+    for step in tqdm(range(1, steps + 1), desc=f"{name}, {count} images"):
         images = train_images[torch.randperm(count)[:batch]]
         if turned:
             images = turn(images, torch.randint(4, (len(images),)))

@@ -13,9 +13,9 @@
 # Metropolis test on them makes an exact sampler of any flow, however poor. How good the flow is decides only how many
 # draws are wasted.
 #
-# The action has many symmetries: translations, the rotations and reflections of the square ($D_4$), and $\phi \to
-# -\phi$. We start with a ready-made flow that has some of them, then build one that has all. The lattice is $4 \times
-# 4$, where a transfer matrix gives $\log Z = 2.40513896$, so that we can judge.
+# The action has many symmetries: translations, the rotations and reflections of the square ($D_4$), and
+# $\phi \to -\phi$. We start with a ready-made flow that has some of them, then build one that has all. The lattice is
+# $4 \times 4$, where a transfer matrix gives $\log Z = 2.40513896$, so that we can judge.
 
 # %%
 import math
@@ -28,6 +28,7 @@ import torch
 from escnn import gspaces
 from escnn import nn as enn
 from pyro.ops.stats import autocorrelation, effective_sample_size
+from tqdm import tqdm
 
 from pyro_equiflow import Compose, EquivariantResidual, InvariantNormal, equivariant_actnorm, image_flow, testing
 from pyro_equiflow.infer import evidence_estimate, metropolis, weighted_draws
@@ -72,7 +73,7 @@ def train(flow, steps, rate=1e-2, batch=64):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     q, gaps = distribution(flow), []
     start = time.process_time()
-    for _ in range(steps):
+    for _ in tqdm(range(steps)):
         x = q.rsample((batch,))
         loss = (q.log_prob(x) - log_density(x)).mean()
         optimizer.zero_grad()
@@ -118,8 +119,8 @@ _ = judge(couplings, draws)
 #
 # $$\phi \mapsto \phi + W_2 * \sin(W_1 * \phi),$$
 #
-# periodic steerable convolutions without biases around sines: translations, $D_4$, and, as sines are odd, $\phi \to
-# -\phi$. Blocks invert to a certified error, and the log-determinants of a 16-dimensional event are exact.
+# periodic steerable convolutions without biases around sines: translations, $D_4$, and, as sines are odd,
+# $\phi \to -\phi$. Blocks invert to a certified error, and the log-determinants of a 16-dimensional event are exact.
 #
 # One thing is worth a layer of our own. A log-determinant takes one backward pass a site, and on so few sites a
 # convolution is faster as one dense matrix. What it computes is the `SteerableConv` inside, so its norm is bounded by
@@ -216,7 +217,7 @@ def local_metropolis(chains, sweeps, width=0.9):
     phi = torch.zeros(chains, 1, side, side, dtype=torch.float64)
     even = (torch.arange(side)[:, None] + torch.arange(side)) % 2
     kept = []
-    for _ in range(sweeps):
+    for _ in tqdm(range(sweeps)):
         for parity in (0, 1):
             proposal = phi + width * (torch.rand_like(phi) - 0.5) * (even == parity)
             around = sum(phi.roll(step, axis) for step in (1, -1) for axis in (-1, -2))

@@ -285,9 +285,9 @@ plt.show()
 # ## And as densities?
 #
 # The same limits bind a density: two narrow peaks far apart need slopes that are large at the peaks and nearly zero
-# between. Residual and implicit flows with the *same number of networks*, fitted to draws from $\frac{1}{2} N(\pm 2,
-# 0.1^2)$ under $C_2$. For data the inverse of a residual transform stands in the flow, so that scoring them needs no
-# solver; an implicit one solves either way.
+# between. Residual and implicit flows with the *same number of networks*, fitted to draws from
+# $\frac{1}{2} N(\pm 2, 0.1^2)$ under $C_2$. For data the inverse of a residual transform stands in the flow, so that
+# scoring them needs no solver; an implicit one solves either way.
 
 # %%
 entropy = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * 0.1**2)

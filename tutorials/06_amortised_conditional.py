@@ -27,6 +27,7 @@ from escnn import group, gspaces
 from escnn import nn as enn
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 from pyro_equiflow import InvariantNormal, conditional_equivariant_coupling, equivariant_flow, testing
 from pyro_equiflow.nn import expand, steerable_net
@@ -196,7 +197,7 @@ def fit(autoencoder, steps, batch=100):
     optimizer = pyro.optim.ClippedAdam({"lr": 4e-3, "lrd": 0.05 ** (1 / steps)})
     svi = SVI(autoencoder.model, autoencoder.guide, optimizer, Trace_ELBO())
     losses = []
-    for _ in range(steps):
+    for _ in tqdm(range(steps)):
         losses.append(svi.step(train_data[torch.randperm(len(train_data))[:batch]]) / batch)
     return losses
 

@@ -8,8 +8,8 @@
 #
 # The example is from molecular physics. Three equal atoms sit at the corners of a triangle. Some such molecules, Na$_3$
 # among them, do not keep that shape: the triangle becomes isosceles of its own accord (the Jahn-Teller effect), and
-# does so in one of three directions that nature cannot tell apart. We sample its Boltzmann distribution $e^{-E(x)} /
-# Z$.
+# does so in one of three directions that nature cannot tell apart. We sample its Boltzmann distribution
+# $e^{-E(x)} / Z$.
 
 # %%
 import math
@@ -21,6 +21,7 @@ import pyro.distributions as dist
 import torch
 from escnn import group, gspaces
 from escnn import nn as enn
+from tqdm import tqdm
 
 from pyro_equiflow import (
     Compose,
@@ -47,8 +48,9 @@ smoke_test = "CI" in os.environ
 #
 # $$(g \cdot x)_{g(i)} = R(g)\, u_i .$$
 #
-# So $\rho(g) = P(g) \otimes R(g)$, a permutation times a rotation. escnn has no such representation, but it takes a
-# table of matrices, one for each element. Nothing else is needed: it finds the irreps inside by itself.
+# So $\rho(g) = P(g) \otimes R(g)$, a permutation times a rotation. It is not among escnn's ready-made ones, but escnn
+# takes a table of matrices, one for each element. Nothing else is needed: it finds the irreps inside by itself. (A
+# table that is no representation, by a wrong sign say, ends in an `InsufficientIrrepsException`.)
 
 # %%
 D3 = group.dihedral_group(3)
@@ -72,8 +74,8 @@ print(field_type.size, "numbers, irreps", displacements.irreps)
 
 # %% [markdown]
 # In the language of spectroscopy: one $A_1$ (breathing), one $A_2$ (rotation), two $E$. A chemist finds the same by
-# characters; the package uses them to know what may be scaled, split and mixed. Here are the modes, by hand. Only $Q =
-# (Q_x, Q_y)$ changes the shape of the triangle.
+# characters; the package uses them to know what may be scaled, split and mixed. Here are the modes, by hand. Only
+# $Q = (Q_x, Q_y)$ changes the shape of the triangle.
 
 # %%
 directions = np.stack([angles, angles + np.pi / 2, 0 * angles, 0 * angles + np.pi / 2, -angles, np.pi / 2 - angles])
@@ -218,7 +220,7 @@ def fit(flow, steps, batch=256, rate=5e-3):
     optimizer = torch.optim.Adam(flow.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     density = dist.TransformedDistribution(InvariantNormal(flow.field_type), [flow])
-    for _ in range(steps):
+    for _ in tqdm(range(steps)):
         sample = density.rsample((batch,))
         loss = (density.log_prob(sample) - log_density(sample)).mean()
         optimizer.zero_grad()
@@ -314,12 +316,12 @@ class Saturation(SteerableModule):
 
 
 # %% [markdown]
-# The second is a linear layer with one factor for each irrep inside our field, $x \mapsto Q\, \mathrm{diag}(s)\, Q^\top
-# x$, with the change of basis $Q$ that escnn has found. It is written as a plain escnn module, as if it came from
-# somebody else. Such a class works in a coupling as it is. To be fast it wants a rule of `expand`: a function of plain
-# tensors, and the tensors, found once a call however often a solver asks. To be held below a Lipschitz constant it
-# wants a rule of `weight_norm`: a bound of its operator norm from the present weights. $Q$ is orthogonal, so here the
-# largest $|s|$ is the norm itself.
+# The second is a linear layer with one factor for each irrep inside our field,
+# $x \mapsto Q\, \mathrm{diag}(s)\, Q^\top x$, with the change of basis $Q$ that escnn has found. It is written as a
+# plain escnn module, as if it came from somebody else. Such a class works in a coupling as it is. To be fast it wants a
+# rule of `expand`: a function of plain tensors, and the tensors, found once a call however often a solver asks. To be
+# held below a Lipschitz constant it wants a rule of `weight_norm`: a bound of its operator norm from the present
+# weights. $Q$ is orthogonal, so here the largest $|s|$ is the norm itself.
 
 
 # %%
@@ -388,7 +390,7 @@ for step in range(301):
     points = torch.cat([1e-3 * x[:20], x])
     norms = torch.linalg.matrix_norm(jacobians(points), 2)
     if step % 100 == 0:
-        print(f"step {step:3d}: largest norm {float(norms.detach().max()):.5f}, bound {residual.lipschitz_bound():.5f}")
+        print(f"step {step:3d}: largest norm {float(norms.detach().max()):.7f}, bound {residual.lipschitz_bound():.7f}")
     optimizer.zero_grad()
     (-norms[0]).backward()
     optimizer.step()
