@@ -88,7 +88,7 @@ print(f"the same with a context that stays where it is {alone:.0e}")
 # ## Data: digits with no up
 #
 # Scikit-learn's digits, $8 \times 8$ pixels of 17 levels, each turned once by a random quarter turn. A pixel counts
-# dark dots among 16, so a binomial likelihood is exact:
+# dark dots among 16, so the likelihood is binomial, a probability of integers:
 #
 # $$z \sim p(z), \qquad x_i \sim \mathrm{Binomial}\bigl(16, \sigma(d(z)_i)\bigr), \qquad
 #   q(z \mid x) = T(\,\cdot \mid e(x))_* N(0, 1) .$$
