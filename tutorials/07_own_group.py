@@ -278,7 +278,7 @@ plt.show()
 # error, around a $\log Z$ that is off by $\log 3 = 1.10$. With the symmetry built in no well can be lost without losing
 # all three, and the shares are right. The fit is not yet good: a continuous map of one cloud onto three far wells
 # leaves bridges between them, and puts too little elsewhere. Its $\log Z$ is more than two standard errors low, and
-# standard errors are too small where single weights are large. (Exact draws, which this example allows, put 3% of the
+# standard errors are too small where single weights are large. (Exact draws, which this example allows, put 2.5% of the
 # mass where $q$ is more than 20 times too small.)
 #
 # The average over the group mends all that: the plain flow has to fit one well only, and the group makes the others.
