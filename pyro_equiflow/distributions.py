@@ -42,8 +42,9 @@ class InvariantNormal(TorchDistribution):
 
     :param field_type: how the group acts on the event.
     :param spatial_shape: side lengths of the grid; empty without a base space.
-    :param loc: invariant coordinates of the mean, shape ``(*batch, num_locs)``; default 0.
-    :param scale: standard deviations, positive, shape ``(*batch, num_scales)``; default 1.
+    :param loc: invariant coordinates of the mean, shape ``(*batch, num_locs)``, or one number for all; default 0.
+    :param scale: standard deviations, positive, shape ``(*batch, num_scales)``, or one number for all; default 1. Draws
+        have its dtype and device.
     :param validate_args: whether arguments are checked; by default as :func:`pyro.enable_validation` says.
     :raises ValueError: shapes that do not fit the field type, scales that are not positive.
     """
@@ -56,8 +57,8 @@ class InvariantNormal(TorchDistribution):
         field_type: FieldType,
         spatial_shape: tuple[int, ...] = (),
         *,
-        loc: Tensor | None = None,
-        scale: Tensor | None = None,
+        loc: Tensor | float = 0.0,
+        scale: Tensor | float = 1.0,
         validate_args: bool | None = None,
     ) -> None:
         validate_field_type(field_type)
@@ -72,9 +73,13 @@ class InvariantNormal(TorchDistribution):
         self.spatial_shape = spatial_shape
         self.num_scales = len(decomposition.blocks)
         self.num_locs = len(decomposition.trivial)
-        given = next((t for t in (loc, scale) if t is not None), torch.zeros(()))
-        self.loc = given.new_zeros(self.num_locs) if loc is None else loc
-        self.scale = given.new_ones(self.num_scales) if scale is None else scale
+        like = next((value for value in (scale, loc) if isinstance(value, Tensor)), torch.zeros(()))
+
+        def of_all(value: Tensor | float, count: int) -> Tensor:
+            value = value if isinstance(value, Tensor) else like.new_tensor(value)
+            return value if value.dim() else value.expand(count)
+
+        self.loc, self.scale = of_all(loc, self.num_locs), of_all(scale, self.num_scales)
         for name, value, count in (("loc", self.loc, self.num_locs), ("scale", self.scale, self.num_scales)):
             if value.shape[-1:] != (count,):
                 raise ValueError(f"{name}: expected shape (*batch, {count}), found {tuple(value.shape)}")

@@ -21,6 +21,7 @@ from pyro_equiflow.ops.events import act, event_dim, grid_elements
 
 __all__ = [
     "TOLERANCES",
+    "act",
     "assert_equivariant",
     "assert_invariant",
     "assert_inverse",

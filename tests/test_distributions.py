@@ -286,3 +286,22 @@ def test_a_base_that_is_not_invariant_is_caught(name):
     with pytest.raises(AssertionError, match="invariance error .* at the group element"):
         testing.assert_invariant(base, x, kind)
     assert len(grid_elements(kind)) > 1
+
+
+def test_one_number_serves_for_all():
+    """A number, or a tensor without dimensions, is the scale of every irrep, and gives draws their dtype."""
+    kind = field_type("O2")
+    plain = pe.InvariantNormal(kind)
+    x = torch.randn(5, kind.size, dtype=torch.float64)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    one, each = (pe.InvariantNormal(kind, scale=s) for s in (scale, scale.expand(plain.num_scales)))
+    assert one.sample().dtype == torch.float64
+    torch.testing.assert_close(one.log_prob(x), each.log_prob(x), rtol=0, atol=0)
+    truth = torch.distributions.Normal(torch.zeros(kind.size, dtype=torch.float64), 2.0).log_prob(x).sum(-1)
+    torch.testing.assert_close(one.log_prob(x), truth)
+    torch.testing.assert_close(pe.InvariantNormal(kind, scale=2.0).log_prob(x), truth, rtol=1e-6, atol=1e-6)
+    one.log_prob(x).sum().backward()
+    assert scale.grad is not None
+    assert one.expand((3,)).sample().shape == (3, kind.size)
+    with pytest.raises(ValueError, match="scale"):
+        pe.InvariantNormal(kind, scale=-1.0)

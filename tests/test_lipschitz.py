@@ -387,6 +387,26 @@ def _(module, spatial_shape=None):
     return 3.0
 
 
+class Half(Unknown):
+    """A user's linear layer with a rule of ``weight_norm`` alone."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.weights = torch.nn.Parameter(torch.tensor(3.0))
+
+
+@weight_norm.register(Half)
+def _(module, weight, spatial_shape=None):
+    return module.weights.abs()
+
+
+def test_a_weight_norm_wants_a_rule_of_expand():
+    kind = c4_regular()
+    for raiser in (lipschitz_bound, lambda layer: EquivariantResidual(kind, enn.SequentialModule(layer))):
+        with pytest.raises(TypeError, match=r"expected Half, .* found none; register it with .*expand\.register"):
+            raiser(Half(kind))
+
+
 def test_a_users_classes_work_in_a_transform():
     kind = c4_regular()
     net = enn.SequentialModule(SteerableLinear(kind, kind), Triple(kind), Blend(kind), Triple(kind), Blend(kind))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditioners: escnn module trees, builders of them, and their expansion to plain-tensor functions."""
 
+from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
@@ -11,6 +12,7 @@ from pyro_equiflow.nn.networks import lipschitz_net, steerable_net
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
 
 __all__ = [
+    "Conditioner",
     "Expanded",
     "GatedNonLinearity",
     "InvariantGateNet",

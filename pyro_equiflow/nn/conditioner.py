@@ -25,6 +25,20 @@ class Conditioner(torch.nn.Module):
       that later parameters do not reach, and that ends up in ``state_dict``.
     - Layers of escnn's own own their bases: ``.double()`` on one leaves every other alone.
 
+    Transforms make one of the network that they are given. By itself it is an equivariant map of plain tensors, an
+    encoder say.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow.nn import Conditioner, steerable_net
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> encoder = Conditioner(steerable_net(vectors, vectors, hidden_dims=(16,)), vectors, vectors)
+        >>> encoder(torch.randn(7, 5, 6)).shape
+        torch.Size([7, 5, 6])
+
     :param network: an escnn ``EquivariantModule``.
     :param in_type: the type it has to take.
     :param out_type: the type it has to give.

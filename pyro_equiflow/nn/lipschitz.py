@@ -52,10 +52,11 @@ def lipschitz_bound(module: enn.EquivariantModule, spatial_shape: Sequence[int] 
     :raises ValueError: a convolution with stride, dilation, groups, an even kernel, or a padding that changes the grid.
     """
     if _is_linear(module):
-        return weight_norm(module, expand(module).tensors[0], spatial_shape)
+        return weight_norm(module, _expanded_linear(module).tensors[0], spatial_shape)
     raise TypeError(
         f"expected modules with a Lipschitz rule, found {type(module).__name__}; build the network with "
-        "pyro_equiflow.nn.lipschitz_net, or register a rule with pyro_equiflow.nn.lipschitz_bound.register"
+        "pyro_equiflow.nn.lipschitz_net, or register a rule with pyro_equiflow.nn.lipschitz_bound.register, for a "
+        "linear layer, whose weight is to be scaled, with pyro_equiflow.nn.weight_norm.register"
     )
 
 
@@ -133,6 +134,16 @@ def _is_linear(module: enn.EquivariantModule) -> bool:
         for kind in _LINEAR
         if weight_norm.dispatch(kind) is rule and isinstance(module, kind)
     )
+
+
+def _expanded_linear(module: enn.EquivariantModule) -> Expanded:
+    expanded = expand(module)
+    if not expanded.tensors:
+        raise TypeError(
+            f"expected {type(module).__name__}, which has a rule of weight_norm, to have one of expand too, whose "
+            "first tensor is its weight, found none; register it with pyro_equiflow.nn.expand.register"
+        )
+    return expanded
 
 
 @weight_norm.register(SteerableLinear)
@@ -239,7 +250,7 @@ class LipschitzConditioner(Conditioner):
             if i in between:
                 parts.append(between[i].expanded_core())
                 continue
-            part = expand(leaf)
+            part = _expanded_linear(leaf) if linear[i] else expand(leaf)
             if linear[i]:
                 weight, *bias = part.tensors
                 free = weight.shape[1] - self._channels if i == 0 else 0

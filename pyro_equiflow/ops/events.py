@@ -188,6 +188,18 @@ def channel_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
 def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     r"""The group's action :math:`(g \cdot x)(p) = \rho(g)\, x(g^{-1} p)` on events, in the dtype of ``x``.
 
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, nn as enn
+        >>> from pyro_equiflow.testing import act
+        >>> space = gspaces.rot2dOnR2(4)
+        >>> image = enn.FieldType(space, [space.trivial_repr])
+        >>> act(image, space.fibergroup.element(1), torch.tensor([[[1, 2], [3, 4]]]))
+        tensor([[[2, 4],
+                 [1, 3]]])
+
+    :param field_type: how the group acts.
     :param element: an element of ``field_type.fibergroup`` that permutes the grid, if there is one.
     :param x: shape ``(*batch, C, *spatial)``.
     :raises ValueError: ``element`` does not permute the grid: interpolation would hide errors.
