@@ -32,6 +32,8 @@ def texts(names: list[str]) -> list[Path]:
 def read(path: Path) -> nbformat.NotebookNode:
     """The notebook of a text, without outputs, the same for the same text."""
     notebook = jupytext.read(path)
+    # The licence line belongs to the text.
+    notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("# SPDX-")]
     notebook.metadata = {
         "jupytext": {"formats": "ipynb,py:percent"},
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -56,6 +58,10 @@ def execute(notebook: nbformat.NotebookNode, smoke: bool) -> None:
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
+    failed = [o.evalue for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    if failed:
+        # An inline picture is drawn after its cell, whose own reply is then "ok".
+        raise CellExecutionError(failed[0], "", failed[0])
     notebook.metadata.pop("language_info", None)
     for cell in notebook.cells:
         # Progress bars go to stderr: worth seeing while one waits, not afterwards.
