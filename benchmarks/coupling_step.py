@@ -15,7 +15,7 @@ import torch
 from escnn import group, gspaces
 from escnn import nn as enn
 from likelihood import likelihood_step
-from timing import ratio
+from timing import clock, ratio
 from torch import Tensor
 
 from pyro_equiflow import Compose, equivariant_coupling, equivariant_flow
@@ -65,14 +65,14 @@ def _plain_step(stack: torch.nn.ModuleList, y: Tensor) -> Callable[[], None]:
             total = total + ladj
         return x, total
 
-    return likelihood_step(stack, score)
+    return likelihood_step(stack.to(y.device), score)
 
 
 def _our_step(flow: Compose, y: Tensor) -> Callable[[], None]:
-    return likelihood_step(flow, lambda: flow.inverse_and_ladj(y))
+    return likelihood_step(flow.to(y.device), lambda: flow.inverse_and_ladj(y))
 
 
-def vectors(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def vectors(blocks: int, batch: int, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """16 vectors of SO(2), hidden width 64."""
     space = gspaces.no_base_space(group.so2_group())
     field_type = enn.FieldType(space, 16 * [space.irrep(1)])
@@ -87,11 +87,11 @@ def vectors(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], N
     plain = torch.nn.ModuleList(
         PlainCoupling(_plain_mlp([16, 64, 64, 24]), (16, 16), i % 2 == 1, repeats=2) for i in range(blocks)
     )
-    y = torch.randn(batch, 32)
+    y = torch.randn(batch, 32, device=device)
     return _our_step(ours, y), _plain_step(plain, y)
 
 
-def images(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def images(blocks: int, batch: int, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """Images of 28x28 with 4 channels, each a scalar field under C_4; 32 hidden channels in 8 regular fields."""
     space = gspaces.rot2dOnR2(4)
     field_type = enn.FieldType(space, 4 * [space.trivial_repr])
@@ -106,7 +106,7 @@ def images(blocks: int, batch: int) -> tuple[Callable[[], None], Callable[[], No
     plain = torch.nn.ModuleList(
         PlainCoupling(_plain_cnn([2, 32, 32, 4]), (2, 2), i % 2 == 1, repeats=1) for i in range(blocks)
     )
-    y = torch.randn(batch, 4, 28, 28)
+    y = torch.randn(batch, 4, 28, 28, device=device)
     return _our_step(ours, y), _plain_step(plain, y)
 
 
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few rounds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -131,10 +132,10 @@ def main() -> None:
     rounds = 10 if args.smoke else 60
     print(f"{'training step':34s} {'ours, ms':>9s} {'plain, ms':>9s} {'ratio':>6s} {'at most':>8s}")
     for name, steps, limit in (
-        ("16 SO(2) vectors, width 64, B 1024", vectors(6, 1024), 1.3),
-        ("28x28, C_4, 32 channels, B 32", images(2, 32), 1.15),
+        ("16 SO(2) vectors, width 64, B 1024", vectors(6, 1024, args.device), 1.3),
+        ("28x28, C_4, 32 channels, B 32", images(2, 32, args.device), 1.15),
     ):
-        ours, plain, quotient = ratio(*steps, rounds=rounds)
+        ours, plain, quotient = ratio(*steps, rounds, clock(args.device))
         print(f"{name:34s} {1e3 * ours:9.2f} {1e3 * plain:9.2f} {quotient:6.2f} {limit:8.2f}")
 
 

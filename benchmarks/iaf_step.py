@@ -4,13 +4,12 @@
 Both are stacks of six in a ``TransformedDistribution``. A step draws, scores its own draws, and takes one Adam step up
 the ELBO of a normal target. Pyro's networks have ReLU, as its factory makes them, and a second time SiLU, as ours have.
 The inverse of one transform, which scores what another flow drew, is timed in passes of its network (a pass: the map
-forward): ours takes one a block, Pyro's one a channel. All times are CPU times.
+forward): ours takes one a block, Pyro's one a channel.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -18,7 +17,7 @@ import torch
 from escnn import group, gspaces
 from escnn import nn as enn
 from pyro.distributions.transforms import affine_autoregressive
-from timing import ratio
+from timing import clock, ratio
 
 from pyro_equiflow import Compose, equivariant_iaf
 
@@ -50,12 +49,12 @@ def field_types() -> dict[str, enn.FieldType]:
     }
 
 
-def elbo_step(transforms: list[torch.nn.Module], channels: int) -> Callable[[], None]:
+def elbo_step(transforms: list[torch.nn.Module], channels: int, device: str) -> Callable[[], None]:
     """A step of Adam on the ELBO of draws, for a normal target of mean and scale 2."""
-    base = dist.Normal(torch.zeros(channels), 1.0).to_event(1)
-    target = dist.Normal(torch.full((channels,), 2.0), 2.0).to_event(1)
+    base = dist.Normal(torch.zeros(channels, device=device), 1.0).to_event(1)
+    target = dist.Normal(torch.full((channels,), 2.0, device=device), 2.0).to_event(1)
     guide = dist.TransformedDistribution(base, transforms)
-    optimizer = torch.optim.Adam(torch.nn.ModuleList(transforms).parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(torch.nn.ModuleList(transforms).to(device).parameters(), lr=1e-4)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -81,12 +80,15 @@ def pyros(channels: int, function: torch.nn.Module | None = None) -> list[torch.
     return stack
 
 
-def inverse_passes(transform: torch.nn.Module, channels: int, blocks: int, rounds: int) -> tuple[float, float]:
+def inverse_passes(
+    transform: torch.nn.Module, channels: int, blocks: int, rounds: int, device: str
+) -> tuple[float, float]:
     """The seconds of an inverse, and those of one block in passes."""
-    data = torch.randn(BATCH, channels)
+    transform.to(device)
+    data = torch.randn(BATCH, channels, device=device)
     with torch.no_grad():  # copies: no cache answers
         back, _, quotient = ratio(
-            lambda: transform.inv(data.clone()), lambda: transform(data.clone()), rounds, time.process_time
+            lambda: transform.inv(data.clone()), lambda: transform(data.clone()), rounds, clock(device)
         )
     return back, quotient / blocks
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few rounds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--only", default="", help="field types whose names hold this")
     args = parser.parse_args()
@@ -106,10 +109,11 @@ def main() -> None:
 
     print(f"{'step, ms':28s} {'ours':>7s} {'Pyro':>7s} {'ratio':>6s} {'at most':>8s} {'SiLU':>7s} {'ratio':>6s}")
     for name, kind in kinds.items():
-        step = elbo_step(ours(kind), kind.size)
-        mine, theirs, quotient = ratio(step, elbo_step(pyros(kind.size), kind.size), rounds, time.process_time)
-        relative = elbo_step(pyros(kind.size, torch.nn.SiLU()), kind.size)
-        _, alike, other = ratio(step, relative, rounds, time.process_time)
+        step = elbo_step(ours(kind), kind.size, args.device)
+        pyros_step = elbo_step(pyros(kind.size), kind.size, args.device)
+        mine, theirs, quotient = ratio(step, pyros_step, rounds, clock(args.device))
+        relative = elbo_step(pyros(kind.size, torch.nn.SiLU()), kind.size, args.device)
+        _, alike, other = ratio(step, relative, rounds, clock(args.device))
         figures = f"{quotient:6.2f} {1.15:8.2f} {1e3 * alike:7.2f} {other:6.2f}"
         print(f"{name:28s} {1e3 * mine:7.2f} {1e3 * theirs:7.2f} {figures}", flush=True)
 
@@ -117,8 +121,8 @@ def main() -> None:
     for name, kind in kinds.items():
         transform = equivariant_iaf(kind, hidden_dims=HIDDEN, identity_init=False)
         blocks = len(transform.order)
-        mine, passes = inverse_passes(transform, kind.size, blocks, rounds)
-        theirs, pyros_passes = inverse_passes(pyros(kind.size)[0], kind.size, kind.size, rounds)
+        mine, passes = inverse_passes(transform, kind.size, blocks, rounds, args.device)
+        theirs, pyros_passes = inverse_passes(pyros(kind.size)[0], kind.size, kind.size, rounds, args.device)
         figures = f"{passes:15.2f} {1e3 * theirs:9.2f} {pyros_passes:10.2f}"
         print(f"{name:28s} {blocks:7d} {1e3 * mine:7.2f} {figures}", flush=True)
 

@@ -21,7 +21,7 @@ from likelihood import likelihood_step
 from normflows.flows import Residual
 from normflows.nets import LipschitzMLP
 from normflows.utils import update_lipschitz
-from timing import ratio, seconds
+from timing import clock, ratio, seconds
 from torch import Tensor
 
 from pyro_equiflow import Compose, EquivariantResidual, equivariant_implicit, equivariant_residual
@@ -53,10 +53,10 @@ def residual(field_type: enn.FieldType, log_det: PowerSeries | None = None) -> E
     )
 
 
-def data(size: int, batch: int = 1000) -> Tensor:
+def data(size: int, device: str, batch: int = 1000) -> Tensor:
     """Two clusters, so that training wants a steep map."""
     centre = torch.randint(0, 2, (batch, 1)) * 8.0 - 4.0
-    return centre + 0.3 * torch.randn(batch, size)
+    return (centre + 0.3 * torch.randn(batch, size)).to(device)
 
 
 def our_step(flow: EquivariantResidual | Compose, x: Tensor) -> Callable[[], None]:
@@ -86,7 +86,7 @@ def inverses(ours: EquivariantResidual, theirs: Residual, y: Tensor) -> tuple[Ca
     """Both inverses, each stopped as early as the true error of every sample, at most ``ERROR``, allows."""
     block = theirs.iresblock
     update_lipschitz(theirs, 200)  # else their map need not be a contraction
-    wide = LipschitzMLP([y.shape[1], 128, 128, y.shape[1]], LAYER).double()
+    wide = LipschitzMLP([y.shape[1], 128, 128, y.shape[1]], LAYER).to(y.device).double()
     wide.load_state_dict(block.nnet.state_dict())
     (fn, tensors), _ = ours.conditioner.normalized()
     tensors = tuple(t.detach().double() for t in tensors)
@@ -126,20 +126,20 @@ def saved_bytes(step: Callable[[], None]) -> int:
     return total
 
 
-def memory() -> None:
+def memory(device: str) -> None:
     """Solver steps and bytes kept, at several tolerances."""
     torch.manual_seed(0)
     print(f"\n{'implicit block, D = 2, batch 1000':40s} {'solver steps':>12s} {'MB kept for backward':>22s}")
-    x = data(2).double()
+    x = data(2, device).double()
     for tolerance in (1e-2, 1e-6, 1e-12):
         flow = equivariant_implicit(plain_type(2), hidden_dims=(128, 128), identity_init=False, tolerance=tolerance)
-        flow.double()
+        flow.to(x)
         steps = int(flow.forward_solution(x).steps.max())
         z = saved_bytes(lambda flow=flow: flow.call_and_ladj(x)[0].sum().backward())
         print(f"{f'tolerance {tolerance:g}':40s} {steps:12d} {z / 1e6:22.2f}")
 
 
-def implicit_step(field_type: enn.FieldType, warm: int, rounds: int) -> float:
+def implicit_step(field_type: enn.FieldType, warm: int, rounds: int, device: str) -> float:
     """Median seconds of a step of the toy, after ``warm`` steps of training."""
     flow = Compose(
         [
@@ -148,12 +148,12 @@ def implicit_step(field_type: enn.FieldType, warm: int, rounds: int) -> float:
             )
             for _ in range(6)
         ]
-    )
-    x = checkerboard(1000)
+    ).to(device)
+    x = checkerboard(1000).to(device)
     step = our_step(flow, x)
     for _ in range(warm):
         step()
-    times = sorted(seconds(step) for _ in range(rounds))
+    times = sorted(seconds(step, clock(device)) for _ in range(rounds))
     return times[len(times) // 2]
 
 
@@ -169,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few rounds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -178,20 +179,20 @@ def main() -> None:
         f"{'against normflows, width 128, batch 1000':40s} {'ours, ms':>9s} {'theirs, ms':>11s} {'ratio':>6s} at most"
     )
     for size in (2, 32):
-        x = data(size)
-        theirs = Residual(LipschitzMLP([size, 128, 128, size], LAYER), n_power_series=TERMS)
+        x = data(size, args.device)
+        theirs = Residual(LipschitzMLP([size, 128, 128, size], LAYER), n_power_series=TERMS).to(args.device)
         names = {"plain": plain_type(size), "D_4": vectors(size)}
         for name, field_type in names.items():
-            ours = residual(field_type)
+            ours = residual(field_type).to(args.device)
             steps = our_step(ours, x), their_step(theirs, x)
             for _ in range(warm):
                 for step in steps:
                     step()
-            a, b, quotient = ratio(*steps, rounds=rounds)
+            a, b, quotient = ratio(*steps, rounds, clock(args.device))
             label = f"training step, D = {size}, {name}"
             print(f"{label:40s} {1e3 * a:9.2f} {1e3 * b:11.2f} {quotient:6.2f} {0.6:8.2f}")
-            *pair, error, found = inverses(ours, theirs, data(size))
-            a, b, quotient = ratio(*pair, rounds=rounds)
+            *pair, error, found = inverses(ours, theirs, data(size, args.device))
+            a, b, quotient = ratio(*pair, rounds, clock(args.device))
             label = f"inverse, D = {size}, {name}"
             print(
                 f"{label:40s} {1e3 * a:9.2f} {1e3 * b:11.2f} {quotient:6.2f} {0.3:8.2f}"
@@ -200,8 +201,9 @@ def main() -> None:
     print(f"\n{'implicit flow, 6 blocks, exact log-det':40s} {'s a step':>9s}")
     for name, field_type in {"plain": plain_type(2), "D_4": vectors(2)}.items():
         for before in (0, warm):
-            print(f"{f'{name}, after {before} steps':40s} {implicit_step(field_type, before, rounds):9.3f}")
-    memory()
+            taken = implicit_step(field_type, before, rounds, args.device)
+            print(f"{f'{name}, after {before} steps':40s} {taken:9.3f}")
+    memory(args.device)
 
 
 if __name__ == "__main__":

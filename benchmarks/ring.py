@@ -24,7 +24,7 @@ Then 100,000 draws with each of 5 seeds give the effective sample size, 1 for a 
 log Z. Where a standard error is right, 68% of all estimates are within one of the exact value, 95% within two.
 A training takes about 2 minutes of one core.
 
-``--plot PATH`` draws the targets beside the densities learned.
+``--picture PATH`` draws the targets beside the densities learned.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="few steps and draws: the numbers mean nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--plot", type=Path, help="file for the picture")
+    parser.add_argument("--picture", type=Path, help="file for the picture")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     steps, draws = (10, 2000) if args.smoke else (4000, 100_000)
@@ -233,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{' '.join(f'{e:+5.2f}' for e in errors)}  {sum(abs(e) < 1 for e in errors)} of {len(errors)}",
                 flush=True,
             )
-    if args.plot:
-        plot(args.plot, flows)
+    if args.picture:
+        plot(args.picture, flows)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,26 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
 
-def seconds(step: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """The seconds of one call, wall-clock or by another clock."""
+
+def clock(device: str) -> Callable[[], float]:
+    """Process time on the CPU, of all threads, which leaves other programs out; on CUDA wall-clock time.
+
+    Kernels run on after the call that starts them: a clock of CUDA waits for them before it is read.
+    """
+    if torch.device(device).type != "cuda":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return wall
+
+
+def seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    """The seconds of one call."""
     start = clock()
     step()
     return clock() - start
@@ -19,7 +36,7 @@ def ratio(
     ours: Callable[[], object],
     theirs: Callable[[], object],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Median seconds of both, and the median over rounds of the ratio of neighbouring calls.
 

@@ -187,14 +187,14 @@ def density(flow: Compose, field_type: enn.FieldType) -> TransformedDistribution
 def fit(toy: Vectors | Channels, transformer: str, width: int, seed: int, args: argparse.Namespace) -> Fit:
     """Trains and scores one flow."""
     torch.manual_seed(seed)
-    flow = make(toy.field_type, transformer, width)
+    flow = make(toy.field_type, transformer, width).to(args.device)
     start = time.process_time()
     optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     q = density(flow, toy.field_type)
     for _ in range(args.steps):
         optimizer.zero_grad()
-        loss = -q.log_prob(toy.sample(args.batch).float()).mean()
+        loss = -q.log_prob(toy.sample(args.batch).float().to(args.device)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
         optimizer.step()
@@ -205,8 +205,8 @@ def fit(toy: Vectors | Channels, transformer: str, width: int, seed: int, args: 
     x = toy.sample(args.test)
     with torch.no_grad():
         q = density(flow, toy.field_type)
-        nll = toy.entropy + float((toy.log_prob(x) - q.log_prob(x)).mean())
-        assert_invariant(q, x[:100], toy.field_type, tolerance=1e-8)
+        nll = toy.entropy + float((toy.log_prob(x) - q.log_prob(x.to(args.device)).cpu()).mean())
+        assert_invariant(q, x[:100].to(args.device), toy.field_type, tolerance=1e-8)
     return Fit(flow, nll, seconds)
 
 
@@ -231,7 +231,7 @@ def draw(path: Path, toys: dict[str, Vectors | Channels], fits: dict[str, dict[s
         with torch.no_grad():
             columns |= {t: density(own[0].flow, toy.field_type).sample((40_000,)) for t, own in fits[name].items()}
         edges = np.linspace(-toy.reach, toy.reach, 91)
-        images = {t: np.histogram2d(*toy.views(x)[view].T.numpy(), bins=edges)[0].T for t, x in columns.items()}
+        images = {t: np.histogram2d(*toy.views(x.cpu())[view].T.numpy(), bins=edges)[0].T for t, x in columns.items()}
         for axis in row[len(images) :]:
             axis.set_axis_off()
         for axis, (t, image) in zip(row, images.items()):
@@ -248,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps: the numbers mean nothing")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="seeds")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=256)
