@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ import pyro.distributions as dist
 import torch
 from escnn import gspaces
 from escnn import nn as enn
-from timing import ratio
+from timing import clock, ratio
 from torch import Tensor
 
 from pyro_equiflow import Inverse, MultiScale, image_flow
@@ -177,10 +176,10 @@ def cost(setting: Setting, args: argparse.Namespace) -> Cost:
         step()
         memory.append(peak(step) if on_gpu else kept(loss))
         steps.append(step)
-    clock = time.perf_counter if on_gpu else time.process_time
-    ours, twin, quotient = ratio(*steps[:2], args.rounds, clock)
+    timer = clock(args.device)
+    ours, twin, quotient = ratio(*steps[:2], args.rounds, timer)
     # Networks of other kinds have masks or bounds, which torch's layers have not.
-    other = ratio(steps[0], steps[2], args.rounds, clock)[2] if setting.kind == "coupling" else math.nan
+    other = ratio(steps[0], steps[2], args.rounds, timer)[2] if setting.kind == "coupling" else math.nan
     return Cost(1e3 * ours, 1e3 * twin, quotient, other, *memory[:2])
 
 

@@ -181,7 +181,7 @@ def _quarter_turns(group: Group) -> list[GroupElement]:
 
 def channel_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
     r""":math:`\rho(g)` of the whole field type, float64, shape ``(C, C)``."""
-    blocks = [torch.as_tensor(np.asarray(rep(element))) for rep in field_type.representations]
+    blocks = [torch.as_tensor(np.asarray(rep(element)), device="cpu") for rep in field_type.representations]
     return torch.block_diag(*blocks).numpy()
 
 
