@@ -50,9 +50,9 @@ from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.solvers import ImplicitAdjoint
 
 KINDS, SYMMETRIES, CONSTANTS = ("implicit", "residual"), ("equivariant", "plain"), (0.99, 0.9, 0.8, 0.7, 0.6)
-CLASSES, TOLERANCE, CHECKED = 10, 1e-3, 100
+CLASSES, TOLERANCE, CHECKED = 10, 1e-3, 50
 TRAIN, VALIDATION = 3500, 500
-TEST = {"MNIST": 1000, "Fashion-MNIST": 4000}
+TEST = {"MNIST": 1000, "Fashion-MNIST": 2000}
 
 
 class Classifier(torch.nn.Module):
@@ -313,10 +313,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--constants", type=float, nargs="+", default=list(CONSTANTS), help="Lipschitz constants c")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs=2, default=[24, 48], help="channels of the stages under C_4")
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.01, 0.02, 0.04], help="the grid to choose from")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.02, 0.04], help="the grid to choose from")
     parser.add_argument("--checked", type=int, default=CHECKED, help="test images looked at again in float64")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
