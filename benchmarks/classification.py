@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs=2, default=[24, 48], help="channels of the stages under C_4")
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.02, 0.04], help="the grid to choose from")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.02, 0.04, 0.08], help="the grid to choose from")
     parser.add_argument("--checked", type=int, default=CHECKED, help="test images looked at again in float64")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
