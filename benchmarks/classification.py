@@ -81,6 +81,7 @@ class Classifier(torch.nn.Module):
         self.stages = torch.nn.ModuleList(torch.nn.ModuleList(blocks(kind, fields, lipschitz)) for fields in types[1:])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(number, 10)``."""
         x = self.squeeze(x)
         for index, (convolution, stage) in enumerate(zip(self.convolutions, self.stages)):
             if index:
