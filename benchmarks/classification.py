@@ -237,22 +237,13 @@ def errors_of(fits: Fits, lr: float, seeds: Sequence[int]) -> Errors:
     return {key: values for key, values in found.items() if len(values) == len(seeds)}
 
 
-def table(errors: Errors, args: Any) -> None:
-    """Errors of each arm, and paired differences: for each c, and of the means over c."""
-    print(
-        "\n| data | network | c | implicit | residual | implicit minus residual | the paper's claim |\n"
-        + 7 * "|---"
-        + "|"
-    )
-    for data in dict.fromkeys(data for data, *_ in errors):
-        for symmetry in SYMMETRIES:
-            rows = []
-            for c in args.constants:
-                pair = [errors.get((data, kind, symmetry, c)) for kind in KINDS]
-                if pair[0] and pair[1]:
-                    rows.append((f"{c:g}", *pair))
-            if not rows:
-                continue
+def table(errors: Errors, names: Sequence[str], args: Any) -> None:
+    """Errors of each network, and paired differences: for each c, and of the means over c."""
+    print("\n| data | network | c | implicit | residual | implicit minus residual | the paper's claim |")
+    print(7 * "|---" + "|")
+    for data in names:
+        for symmetry in args.symmetries:
+            rows = [(f"{c:g}", *(errors[data, kind, symmetry, c] for kind in KINDS)) for c in args.constants]
             means = [[statistics.mean(runs) for runs in zip(*(row[i] for row in rows))] for i in (1, 2)]
             for c, implicit, residual in [*rows, ("mean", *means)]:
                 less = [a - b for a, b in zip(implicit, residual)]
@@ -274,29 +265,22 @@ def summary(fits: Fits) -> None:
     print(f"\nall {len(fits)} trainings: {sum(run.seconds for run in fits.values()):.0f} CPU seconds")
 
 
-def draw(errors: Errors, args: Any) -> None:
+def draw(errors: Errors, names: Sequence[str], args: Any) -> None:
     """Test error against c."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(data for data, *_ in errors))
-    figure, axes = plt.subplots(
-        1, 2 * len(names), figsize=(3.3 * 2 * len(names), 3.4), layout="constrained", squeeze=False, dpi=150
-    )
+    panels = [(data, symmetry) for data in names for symmetry in args.symmetries]
+    size = (3.3 * len(panels), 3.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, dpi=150)
     styles = {"implicit": ("o", "-", "black"), "residual": ("s", "--", "#d55e00")}
-    for axis, (data, symmetry) in zip(axes[0], [(data, symmetry) for data in names for symmetry in SYMMETRIES]):
+    for axis, (data, symmetry) in zip(axes[0], panels):
         for shift, (kind, (marker, line, color)) in zip((-0.004, 0.004), styles.items()):
-            points = {
-                c: spread(errors[data, kind, symmetry, c])
-                for c in args.constants
-                if (data, kind, symmetry, c) in errors
-            }
-            if points:
-                mean, error = zip(*points.values())
-                look = {"marker": marker, "linestyle": line, "color": color, "capsize": 3, "markersize": 5}
-                axis.errorbar([c + shift for c in points], mean, error, label=f"{kind} blocks", **look)
+            mean, error = zip(*(spread(errors[data, kind, symmetry, c]) for c in args.constants))
+            look = {"marker": marker, "linestyle": line, "color": color, "capsize": 3, "markersize": 5}
+            axis.errorbar([c + shift for c in args.constants], mean, error, label=f"{kind} blocks", **look)
         axis.set_title(f"{data}, {'$C_4$ built in' if symmetry == 'equivariant' else 'plain'}", fontsize=10)
         axis.set(xlabel="Lipschitz constant $c$ of each branch", xticks=args.constants)
         axis.set_xticklabels([f"{c:g}" for c in args.constants])
@@ -315,6 +299,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--constants", type=float, nargs="+", default=list(CONSTANTS), help="Lipschitz constants c")
+    parser.add_argument("--symmetries", nargs="+", choices=SYMMETRIES, default=list(SYMMETRIES))
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs=2, default=[24, 48], help="channels of the stages under C_4")
@@ -344,21 +329,21 @@ def main() -> None:
 
         return record.get((data, kind, symmetry, c, seed, lr), make)
 
-    scores = {
-        lr: statistics.mean(trained("MNIST", k, s, 0.9, args.seed, lr).validation for s in SYMMETRIES for k in KINDS)
-        for lr in args.lr
-    }
-    lr = min(scores, key=lambda rate: scores[rate])
-    print("mean validation error by learning rate:", {rate: f"{score:.2%}" for rate, score in scores.items()})
+    lr = args.lr[0]
+    if len(args.lr) > 1:
+        tried = [("MNIST", kind, symmetry, 0.9, args.seed) for symmetry in args.symmetries for kind in KINDS]
+        scores = {rate: statistics.mean(trained(*arm, rate).validation for arm in tried) for rate in args.lr}
+        lr = min(scores, key=lambda rate: scores[rate])
+        print("mean validation error by learning rate:", {rate: f"{score:.2%}" for rate, score in scores.items()})
     # Seeds outermost: what is there of an interrupted run is balanced.
-    arms = [(data, k, s, c) for data in sources for c in args.constants for s in SYMMETRIES for k in KINDS]
+    arms = [(data, k, s, c) for data in sources for c in args.constants for s in args.symmetries for k in KINDS]
     for seed, arm in tqdm([(seed, arm) for seed in seeds for arm in arms], desc="trainings", disable=None):
         trained(*arm, seed, lr)
     errors = errors_of(record.fits, lr, seeds)
-    table(errors, args)
+    table(errors, list(sources), args)
     summary(record.fits)
     if args.picture:
-        draw(errors, args)
+        draw(errors, list(sources), args)
 
 
 if __name__ == "__main__":
