@@ -266,27 +266,36 @@ def summary(fits: Fits) -> None:
 
 
 def draw(errors: Errors, names: Sequence[str], args: Any) -> None:
-    """Test error against c."""
+    """Test error against c, and below it the paired differences."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = [(data, symmetry) for data in names for symmetry in args.symmetries]
-    size = (3.3 * len(panels), 3.4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, dpi=150)
+    shape = (2, len(panels))
+    figure, axes = plt.subplots(*shape, figsize=(3.1 * len(panels), 5), layout="constrained", squeeze=False, dpi=130)
     styles = {"implicit": ("o", "-", "black"), "residual": ("s", "--", "#d55e00")}
-    for axis, (data, symmetry) in zip(axes[0], panels):
-        for shift, (kind, (marker, line, color)) in zip((-0.004, 0.004), styles.items()):
-            mean, error = zip(*(spread(errors[data, kind, symmetry, c]) for c in args.constants))
+    for (upper, lower), (data, symmetry) in zip(axes.T, panels):
+        runs = {kind: [errors[data, kind, symmetry, c] for c in args.constants] for kind in KINDS}
+        for shift, (kind, (marker, line, color)) in zip((-0.005, 0.005), styles.items()):
             look = {"marker": marker, "linestyle": line, "color": color, "capsize": 3, "markersize": 5}
-            axis.errorbar([c + shift for c in args.constants], mean, error, label=f"{kind} blocks", **look)
-        axis.set_title(f"{data}, {'$C_4$ built in' if symmetry == 'equivariant' else 'plain'}", fontsize=10)
-        axis.set(xlabel="Lipschitz constant $c$ of each branch", xticks=args.constants)
-        axis.set_xticklabels([f"{c:g}" for c in args.constants])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
+            mean, error = zip(*map(spread, runs[kind]))
+            upper.errorbar([c + shift for c in args.constants], mean, error, label=f"{kind} blocks", **look)
+        pairs = zip(runs["implicit"], runs["residual"])
+        mean, error = zip(*(spread([a - b for a, b in zip(*pair)]) for pair in pairs))
+        lower.axhline(0, color="gray", linewidth=0.8)
+        lower.errorbar(
+            args.constants, mean, error, marker="o", linestyle="none", color="black", capsize=3, markersize=5
+        )
+        upper.set_title(f"{data}, {'$C_4$ built in' if symmetry == 'equivariant' else 'plain'}", fontsize=10)
+        lower.set_xlabel("Lipschitz constant $c$ of each branch")
+        for axis in (upper, lower):
+            axis.set_xticks(args.constants, [f"{c:g}" for c in args.constants])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25, linewidth=0.6)
     axes[0][0].set_ylabel("test error, %")
+    axes[1][0].set_ylabel("implicit minus residual,\npaired, %")
     axes[0][0].legend(frameon=False, fontsize=9)
     figure.savefig(args.picture)
 
