@@ -45,8 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_equiflow import EquivariantActNorm, EquivariantSqueeze, equivariant_implicit, equivariant_residual
-from pyro_equiflow.nn import SteerableConv
-from pyro_equiflow.nn.conditioner import Conditioner
+from pyro_equiflow.nn import Conditioner, SteerableConv
 from pyro_equiflow.solvers import ImplicitAdjoint
 
 KINDS, SYMMETRIES, CONSTANTS = ("implicit", "residual"), ("equivariant", "plain"), (0.99, 0.9, 0.8, 0.7, 0.6)
@@ -88,13 +87,14 @@ class Classifier(torch.nn.Module):
                 x = F.avg_pool2d(x, 3, stride=2)  # 7x7 to 3x3 points, centre to centre
             x = F.silu(convolution.on_events()(x))
             for block in stage:
-                x = block._call(x)  # a call would estimate the log-det as well wherever gradients are wanted
+                x = block(x)
         x = F.silu(self.norm(x)).unflatten(1, (self.head.in_features, -1)).amax(2)
         return self.head(x.mean((-2, -1)))
 
 
 def blocks(kind: str, fields: enn.FieldType, lipschitz: float) -> list[torch.nn.Module]:
     """The blocks of one stage: two networks."""
+    # Without a cache a call is the map alone, no log-det is estimated.
     options: dict[str, Any] = {"hidden_dims": (fields.size,), "lipschitz": lipschitz, "cache_size": 0}
     if kind == "residual":
         return [equivariant_residual(fields, **options) for _ in range(2)]

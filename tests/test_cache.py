@@ -291,3 +291,27 @@ def test_a_cache_keyed_on_data_is_caught(optimizer):
     transform.__class__ = KeyedOnData
     with pytest.raises(AssertionError):
         check_second_step(transform, make("coupling", "O2"), "coupling-O2", optimizer)
+
+
+@pytest.mark.parametrize("kind", ["residual", "implicit"])
+def test_without_a_cache_a_call_finds_no_log_det(kind):
+    """As a layer of another network, gradients and all; asked for, the log-det is there."""
+    type_ = field_type("O2")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a log-det was estimated")
+
+    factory = {"residual": pe.equivariant_residual, "implicit": pe.equivariant_implicit}[kind]
+    transform = factory(type_, hidden_dims=(8,), identity_init=False, cache_size=0).double()
+    layer, x = pe.Compose([transform], cache_size=0), torch.randn(4, type_.size, dtype=torch.float64)
+    expected, ladj = transform.call_and_ladj(x)
+    wanted = torch.autograd.grad(expected.square().sum(), list(transform.parameters()))
+    estimator, transform.log_det = transform.log_det, refuse
+    for caller in (transform, layer):
+        y = caller(x)
+        torch.testing.assert_close(y, expected)
+        found = torch.autograd.grad(y.square().sum(), list(transform.parameters()))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(caller.inv(y), x)
+    transform.log_det = estimator
+    torch.testing.assert_close(transform.log_abs_det_jacobian(x, y), ladj)

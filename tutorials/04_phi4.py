@@ -319,11 +319,11 @@ plt.show()
 # ## What the benchmark adds
 #
 # [RESULTS](../benchmarks/RESULTS.md) has larger and controlled runs of the same flow. With translations alone, at equal
-# parameters, effective draws fall from 0.96 to 0.61 (three seeds, 0.47 to 0.84), with no symmetry at all to 0.17. But at
-# equal *width* (eight times the parameters) translations alone reach 0.96 too: draws cost nothing in this kind of
+# parameters, effective draws fall from 0.96 to 0.61 (three seeds, 0.47 to 0.84), with no symmetry at all to 0.17. But
+# at equal *width* (eight times the parameters) translations alone reach 0.96 too: draws cost nothing in this kind of
 # training, so there is no scarcity of data for $D_4$ to make good, and what it saves is parameters. At $L = 6$ the flow
-# has 0.90, translations alone at equal parameters 0.73. Reaching much larger lattices takes more than this page shows,
-# as effective draws fall exponentially with the volume for any flow of fixed quality.
+# has 0.90, translations alone at equal parameters 0.73, and at $L = 8$ it has 0.84. Reaching much larger lattices takes
+# more than this page shows, as effective draws fall exponentially with the volume for any flow of fixed quality.
 #
 # ## Where to go next
 #

@@ -65,7 +65,8 @@ class EquivariantTransform(TransformModule):
     itself produced: sampling and then scoring the same draw calls no inverse. A tensor given by the user is never
     looked up, and a change of the parameters (optimizer steps, in-place edits, loading, exchange for others) or of
     the pass's own tensors forgets the pass. Edits through ``parameter.data`` in place leave no trace: after them
-    score a copy of the draw.
+    score a copy of the draw. With ``cache_size=0`` a call is the map alone, no log-det is found: so for a layer of
+    some other network, a classifier say.
 
     Example::
 
@@ -181,9 +182,9 @@ class EquivariantTransform(TransformModule):
     def __call__(self, x: Tensor) -> Tensor:
         """The image of ``x``, shape ``(*batch, C, *spatial)``."""
         entry = self._entry
-        if torch.is_grad_enabled() or (entry is not None and entry.product is x):
+        # A draw that nobody scores needs no log-det, nor does a pass that nobody remembers.
+        if (self._cache_size and torch.is_grad_enabled()) or (entry is not None and entry.product is x):
             return self.call_and_ladj(x)[0]
-        # A draw that nobody scores needs no log-det.
         self._check(x)
         y, ladj = self._call_deferred(x)
         y = y.contiguous()
@@ -198,7 +199,7 @@ class EquivariantTransform(TransformModule):
 
     def _inv_call(self, y: Tensor) -> Tensor:
         entry = self._entry
-        if torch.is_grad_enabled() or (entry is not None and entry.product is y):
+        if (self._cache_size and torch.is_grad_enabled()) or (entry is not None and entry.product is y):
             return self.inverse_and_ladj(y)[0]
         self._check(y, self.out_type)
         x, ladj = self._inverse_deferred(y)
