@@ -120,7 +120,7 @@ def test_monte_carlo_has_the_mean_energy(particles):
 def test_flow_of_particles(particles, arm):
     """Its density has what is built in, and no more."""
     torch.manual_seed(0)
-    flow, distribution = particles.build(arm, 2, (8,))
+    flow, distribution = particles.build(arm, 2, (8,), "spline")
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
