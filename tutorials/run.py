@@ -47,6 +47,8 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode, smoke: bool) -> None:
     """Runs a notebook in place, in a process of its own."""
+    # Pictures go into the notebook, whatever backend the shell asks for.
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     os.environ.pop("CI", None)
     if smoke:
         os.environ["CI"] = "1"
