@@ -85,7 +85,7 @@ class Classifier(torch.nn.Module):
         for index, (convolution, stage) in enumerate(zip(self.convolutions, self.stages)):
             if index:
                 x = F.avg_pool2d(x, 3, stride=2)  # 7x7 to 3x3 points, centre to centre
-            x = F.silu(convolution.on_events()(x))
+            x = F.silu(convolution(x))
             for block in stage:
                 x = block(x)
         x = F.silu(self.norm(x)).unflatten(1, (self.head.in_features, -1)).amax(2)
