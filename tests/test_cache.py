@@ -2,12 +2,16 @@
 """The cache of own samples: what it answers, and all the times when it must not."""
 
 import copy
+import gc
+import pickle
 import warnings
+import weakref
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from escnn import nn as enn
 from torch.distributions import TransformedDistribution
 
 import pyro_equiflow as pe
@@ -101,7 +105,7 @@ def check_second_step(transform, fresh, case, optimizer):
     steps = OPTIMIZERS[optimizer](transform.parameters())
     for _ in range(2):
         before = copy.deepcopy(transform.state_dict())
-        fresh.load_state_dict(before)
+        fresh.load_state_dict(before, strict=type(fresh) is type(transform))
         loss = -flow_of(transform, case).log_prob(data).mean()
         expected = -flow_of(fresh, case).log_prob(data.clone()).mean()
         torch.testing.assert_close(loss, expected, rtol=0, atol=0)
@@ -315,3 +319,130 @@ def test_without_a_cache_a_call_finds_no_log_det(kind):
         torch.testing.assert_close(caller.inv(y), x)
     transform.log_det = estimator
     torch.testing.assert_close(transform.log_abs_det_jacobian(x, y), ladj)
+
+
+# ---- all that a pass is made of ---------------------------------------------------------------------------------
+
+SOLVED = {"residual": pe.equivariant_residual, "implicit": pe.equivariant_implicit}
+
+
+def _own(kind):
+    """A solved transform of 20 entries: probes in training, exact outside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        wide = pe.augment(field_type("O2"), 12)
+        return SOLVED[kind](wide, hidden_dims=(8,), identity_init=False)
+
+
+def _network(part):
+    return part.conditioner if isinstance(part, pe.EquivariantResidual) else part.conditioner_y
+
+
+SETTINGS = {
+    "constant": lambda t: setattr(_network(t), "lipschitz", 0.1),
+    "estimator": lambda t: setattr(t, "log_det", pe.logdet.PowerSeries(terms=1, probes=None)),
+    "solver": lambda t: (setattr(t, "tolerance", 0.5), setattr(t, "log_det", pe.logdet.Exact())),
+    "mode": lambda t: t.eval(),
+    "mode of the parts": lambda t: [part.train(False) for part in t.children()],
+    "network": lambda t: setattr(_network(t), "network", copy.deepcopy(_own("residual").conditioner.network)),
+}
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+@pytest.mark.parametrize("change", SETTINGS)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("ask", ["log_det", "back"])
+def test_a_changed_setting_forgets_the_pass(kind, change, nested, ask):
+    part = _own(kind)
+    transform = pe.Compose([pe.equivariant_linear(part.field_type), part]) if nested else part
+    transform(torch.randn(3, 20))
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    y = transform(x)
+    assert transform._answers(transform._entry)
+    SETTINGS[change](part)
+    assert not transform._entry or not transform._answers(transform._entry)
+    if change != "solver" and ask == "log_det":
+        torch.manual_seed(1)
+        found = transform.log_abs_det_jacobian(x, y)
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, transform.log_abs_det_jacobian(x.clone(), y.clone()), rtol=0, atol=0)
+    if ask == "back":
+        torch.testing.assert_close(transform.inv(y), transform.inv(y.clone()), rtol=0, atol=0)
+
+
+def test_a_changed_buffer_forgets_the_pass():
+    """A buffer of a user's layer, in place and exchanged."""
+    kind = field_type("flips")
+
+    class Scaled(enn.IdentityModule):
+        def __init__(self, in_type):
+            super().__init__(in_type)
+            self.register_buffer("factor", torch.tensor(1.0))
+
+        def forward(self, x):
+            return enn.GeometricTensor(self.factor * x.tensor, x.type)
+
+    in_type, out_type = pe.EquivariantCoupling.conditioner_types(kind)
+    scaled = Scaled(in_type)
+    net = enn.SequentialModule(scaled, pe.nn.steerable_net(in_type, out_type, hidden_dims=(8,)))
+    transform = pe.EquivariantCoupling(kind, net)
+    x = torch.randn(3, kind.size)
+    for change in (lambda: scaled.factor.fill_(3.0), lambda: setattr(scaled, "factor", torch.tensor(0.1))):
+        y = transform(x)
+        change()
+        fresh = transform.log_abs_det_jacobian(x.clone(), y.clone())
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x, y), fresh, rtol=0, atol=0)
+        torch.testing.assert_close(transform.inv(y), transform.inv(y.clone()), rtol=0, atol=0)
+
+
+def test_a_pass_that_changes_nothing_is_kept():
+    """The fingerprint must not see changes where there are none: every kind answers its own draw."""
+    for case in ONE_OF_EACH:
+        transform = CASES[case]()
+        if isinstance(transform, pe.Inverse):
+            continue
+        transform(events(case, (3,)))
+        assert transform._answers(transform._entry), case
+
+
+def test_a_deleted_transform_leaves_no_cycle():
+    """What the cache holds of a pass must not hold the transform: its graph is freed at once."""
+    transform = make("coupling", "O2")
+    transform(events("coupling-O2", (3,)))
+    seen = weakref.ref(transform)
+    gc.collect()
+    gc.disable()
+    try:
+        del transform
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+# ---- one mode for all copies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+def test_the_mode_reaches_every_copy(kind):
+    """``eval()`` makes what with_cache(), condition() and .inv gave deterministic, before and after, either way."""
+    wide = pe.augment(field_type("O2"), 12)
+    context_type = enn.FieldType(wide.gspace, [wide.gspace.trivial_repr])
+    make_family = getattr(pe, f"conditional_equivariant_{kind}")
+    transform, family = _own(kind), make_family(wide, context_type, hidden_dims=(8,), identity_init=False)
+    before = [transform.with_cache(0), transform.inv, pe.Compose([transform]), family.condition(torch.ones(1))]
+    before += [before[-1].with_cache(0), copy.copy(before[-1])]
+    apart = copy.deepcopy(before[-1])
+    transform.eval()
+    family.eval()
+    after = [transform.with_cache(0), family.condition(torch.ones(1))]
+    x = torch.randn(20)
+    for copied in [*before, *after]:
+        assert torch.equal(copied.call_and_ladj(x.clone())[1], copied.call_and_ladj(x.clone())[1])
+    assert apart.training and not apart.eval().training and not transform.training
+    before[-1].train()
+    assert family.transform.training and before[3].training
+
+
+def test_the_mode_survives_pickling():
+    transform = pickle.loads(pickle.dumps(_own("residual").eval()))
+    assert not transform.training and transform.train().training

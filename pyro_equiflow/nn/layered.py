@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
 from pyro_equiflow.nn.expansion_plan import JointExpansion
 from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.ops.architecture import settings
 
 __all__ = ["LayeredNet", "Layers"]
 
@@ -48,6 +49,10 @@ class Layers:
             torch.nn.init.zeros_(self.linears[-1].weight)
         weights, biases = zip(*(layer.give_parameters() for layer in self.linears))
         return torch.cat(weights), torch.cat(biases)
+
+    def architecture(self) -> list[dict[str, Any]]:
+        """The layers' classes and settings, in order."""
+        return [settings(layer) for layer in (*self.linears, *self.between)]
 
     def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
         """The layers one after the other."""

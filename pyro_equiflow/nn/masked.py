@@ -86,6 +86,8 @@ class MaskedSteerableNet(SteerableModule):
         super().__init__(in_type, out_type)
         self.in_degrees = _checked("in_degrees", in_degrees, in_type)
         self.out_degrees = _checked("out_degrees", out_degrees, out_type)
+        self.hidden_dims, self.nonlinearity, self.function = tuple(hidden_dims), nonlinearity, function
+        self.kernel_size, self.padding_mode = kernel_size, padding_mode
         hidden = [
             hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function)
             for width in hidden_dims

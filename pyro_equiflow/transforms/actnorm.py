@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equivariant actnorm: scale and shift set by the first batch."""
+"""Equivariant actnorm: scale and shift set by a first batch, before training or never."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.events import channel_matmul
+from pyro_equiflow.ops.fingerprint import optimizer_steps
 from pyro_equiflow.ops.representations import IrrepDecomposition
 from pyro_equiflow.ops.tracing import is_traced
 from pyro_equiflow.transforms.base import EquivariantTransform
@@ -23,15 +25,30 @@ __all__ = ["EquivariantActNorm", "equivariant_actnorm"]
 _MIN_ROWS = 16  # fewer say too little of a scale
 
 
+@dataclass
+class _Waiting:
+    """Whether a layer waits for the batch that sets it: one object for all copies that share its parameters.
+
+    :ivar steps: the optimizers' count of steps at the first batch, which was too small.
+    """
+
+    waits: bool
+    steps: int | None = None
+
+
 class EquivariantActNorm(EquivariantTransform):
     r"""A scale for each irrep and a shift in the invariant subspace, the same at every position.
 
     .. math:: y = Q\, e^{s}\, Q^T (x - b), \qquad \rho(g)\, b = b,
 
-    with :math:`Q` the change of basis to irreps and one :math:`s` an irrep. In training mode the first batch of at
+    with :math:`Q` the change of basis to irreps and one :math:`s` per irrep. In training mode the first batch of at
     least 16 rows (samples times positions), in whichever direction it comes, sets both: invariant coordinates leave
-    with mean 0, every irrep with mean square 1 a channel. Before that, or with ``data_init=False``, it is the
+    with mean 0, every irrep with mean square 1 per channel. Until then, or with ``data_init=False``, it is the
     identity. Under ``DistributedDataParallel`` that batch has to come before wrapping.
+
+    What training has touched no batch sets: a layer whose parameters have received a gradient or hold anything but
+    their first values, or that an optimizer's step found waiting, waits no longer. So trained on smaller batches it
+    starts as the identity, and draws, test sets or larger batches later leave it alone.
 
     Log-det exact, inverse closed.
 
@@ -47,7 +64,7 @@ class EquivariantActNorm(EquivariantTransform):
         True
 
     :param field_type: how the group acts on the event.
-    :param data_init: whether the first batch sets the parameters.
+    :param data_init: whether the first batch, if it comes before training, sets the parameters.
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises ValueError: a first batch inside ``DistributedDataParallel``, where each rank would set its own parameters.
 
@@ -76,12 +93,35 @@ class EquivariantActNorm(EquivariantTransform):
         self.log_scale = torch.nn.Parameter(torch.zeros(len(sizes), dtype=torch.float32))
         self.loc = torch.nn.Parameter(torch.zeros(len(decomposition.trivial), dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(not data_init))
-        # In a list, so that copies by with_cache, which share the parameters, share this as well.
-        self._pending = [data_init]
+        self._waiting = _Waiting(data_init)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._pending = [not bool(self.initialized)]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Parameters that come without the flag are somebody's choice, whatever their values.
+        chosen = f"{prefix}initialized" not in state_dict and f"{prefix}log_scale" in state_dict
+        self._waiting.waits, self._waiting.steps = not (chosen or bool(self.initialized)), None
+
+    def _stop_waiting(self) -> None:
+        self._waiting.waits = False
+        self.initialized.fill_(True)
+
+    def _is_touched(self) -> bool:
+        """Whether training has begun."""
+        if self._waiting.steps is None:
+            self._waiting.steps = optimizer_steps()
+        return bool(
+            self.initialized  # by a rank of DistributedDataParallel that saw a batch, say
+            or self.log_scale.any()
+            or self.loc.any()
+            or self._waiting.steps != optimizer_steps()
+        )
+
+    def _see(self, data: Tensor, inverse: bool) -> None:
+        """Sets a layer that waits by a batch, or ends its waiting."""
+        if self._is_touched():
+            self._stop_waiting()
+        else:
+            self._initialize(data, inverse)
 
     @torch.no_grad()
     def _initialize(self, data: Tensor, inverse: bool) -> None:
@@ -90,10 +130,6 @@ class EquivariantActNorm(EquivariantTransform):
         rows = data.movedim(-1 - self._spatial_dims, -1).reshape(-1, self.field_type.size)
         loc = (rows @ constants["invariants"]).mean(0)
         if len(rows) < _MIN_ROWS:
-            return
-        # DistributedDataParallel gives a rank that saw no batch the first rank's parameters, and its buffer.
-        if self.initialized:
-            self._pending[0] = False
             return
         refuse_within_data_parallel(type(self).__name__)
         centred = (rows - loc @ constants["invariants"].T) @ constants["basis"]
@@ -104,20 +140,22 @@ class EquivariantActNorm(EquivariantTransform):
         self.log_scale.copy_(log_scale if inverse else -log_scale)
         trivial = log_scale.index_select(0, constants["trivial_scales"])
         self.loc.copy_(-loc * (-trivial).exp() if inverse else loc)
-        self.initialized.fill_(True)
-        self._pending[0] = False
+        self._stop_waiting()
 
     @staticmethod
     def _per_channel(values: Tensor, constants: dict[str, Tensor]) -> Tensor:
         return values.index_select(0, constants["channel_of"])
 
     def _affine(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self._pending[0] and self.training and x.numel() and not is_traced():
-            self._initialize(x, inverse)
+        waits = self._waiting.waits and not is_traced()
+        if waits and self.training and x.numel():
+            self._see(x, inverse)
         constants = self._constants.like(self.log_scale)
         spatial = (...,) + self._spatial_dims * (None,)
         sign = -1.0 if inverse else 1.0
         scale = self._per_channel(sign * self.log_scale, constants).exp()
+        if waits and scale.requires_grad:
+            scale.register_hook(lambda _: self._stop_waiting())  # a gradient: training begins
         shift = (constants["invariants"] @ self.loc)[spatial]
         x = x if inverse else x - shift
         basis = constants["basis_or_none"]

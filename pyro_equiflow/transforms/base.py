@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -14,40 +14,30 @@ from escnn.nn import FieldType
 from pyro.distributions import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pyro_equiflow.ops.architecture import decode, described, differences, encode
 from pyro_equiflow.ops.events import check_event, event_dim
+from pyro_equiflow.ops.fingerprint import Fingerprint
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["Deferred", "EquivariantTransform", "check_finite"]
 
-# Fused optimizers change parameters without a trace in Tensor._version, so steps are counted as well.
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-
+_DESCRIPTION = "_extra_state"  # torch's name for what get_extra_state() gives
 
 Deferred = Callable[[], Tensor]
 
 
 class _Entry(NamedTuple):
-    """One pass: its tensors, the forward log-det, which of the two was the product, and what it was made of."""
+    """One pass: its ends, the forward log-det, which of the two ends was the product, and what it was made of."""
 
     x: Tensor
     y: Tensor
     ladj: Tensor | Deferred
     product: Tensor
     grad_enabled: bool
-    steps: int
-    tensors: tuple[tuple[Tensor, int, int], ...]
+    made_of: Fingerprint
 
 
 class EquivariantTransform(TransformModule):
@@ -63,10 +53,17 @@ class EquivariantTransform(TransformModule):
 
     **Cache.** With ``cache_size=1`` the last pass is kept, and answers questions about the tensor that this object
     itself produced: sampling and then scoring the same draw calls no inverse. A tensor given by the user is never
-    looked up, and a change of the parameters (optimizer steps, in-place edits, loading, exchange for others) or of
-    the pass's own tensors forgets the pass. Edits through ``parameter.data`` in place leave no trace: after them
-    score a copy of the draw. With ``cache_size=0`` a call is the map alone, no log-det is found: so for a layer of
-    some other network, a classifier say.
+    looked up, and a change of anything that the pass was made of forgets it: parameters and buffers (optimizer steps,
+    in-place edits, loading, exchange for others), settings and modes of any part, the pass's own tensors. Edits through
+    ``parameter.data`` in place leave no trace: after them score a copy of the draw. With ``cache_size=0`` a call is the
+    map alone, no log-det is found: so for a layer of some other network, a classifier say.
+
+    **Mode.** Copies by :meth:`with_cache` and those that a conditional transform gives are this module for another
+    caller: they share its parts, its parameters and its mode, whichever of them ``train()`` or ``eval()`` is called on.
+
+    **Checkpoints.** ``state_dict()`` tells of each transform what it computes besides its parameters: classes, splits,
+    orders, functions, bounds. ``load_state_dict`` compares before anything of the transform is loaded; with
+    ``strict=False`` it does not (inside another module: leave out the keys that end in ``_extra_state``).
 
     Example::
 
@@ -91,6 +88,7 @@ class EquivariantTransform(TransformModule):
     bijective = True
     field_type: FieldType
     out_type: FieldType
+    _mode: list[bool]
 
     def __init__(self, field_type: FieldType, *, out_type: FieldType | None = None, cache_size: int = 1) -> None:
         validate_field_type(field_type)
@@ -99,6 +97,15 @@ class EquivariantTransform(TransformModule):
         self.out_type = field_type if out_type is None else out_type
         self._entry: _Entry | None = None
         self._inverse_ref: weakref.ref | None = None
+
+    @property
+    def training(self) -> bool:
+        """The mode, one for this transform and all its copies that share parameters."""
+        return self._mode[0]
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__.setdefault("_mode", [mode])[0] = mode
 
     # ---- hooks ------------------------------------------------------------------------------------------------
 
@@ -264,12 +271,11 @@ class EquivariantTransform(TransformModule):
         check_finite(x, self.event_dim, type(self).__name__)
 
     def _sources(self) -> tuple[Tensor, ...]:
-        """What a pass is made of besides its input."""
-        return tuple(self.parameters())
+        """Tensors that a pass is made of besides its ends, parameters and buffers."""
+        return ()
 
-    @staticmethod
-    def _trace(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, int, int], ...]:
-        return tuple((t, t._version, t.data_ptr()) for t in tensors)
+    def _fingerprint(self, x: Tensor, y: Tensor) -> Fingerprint:
+        return Fingerprint(self, (x, y, *self._sources()), ("_entry", "_inverse_ref"))
 
     def _ladj(self, entry: _Entry) -> Tensor:
         if isinstance(entry.ladj, Tensor):
@@ -283,26 +289,19 @@ class EquivariantTransform(TransformModule):
         # Tensors of inference mode have no version, those of torch.func no storage: nothing would show a change.
         if not self._cache_size or is_traced():
             return
-        tensors = (x, y, *self._sources())
-        if not any(t.is_inference() for t in tensors):
-            trace = self._trace(tensors)
-            self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), _optimizer_steps, trace)
+        made_of = self._fingerprint(x, y)
+        if not made_of.has_inference_tensors:
+            self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), made_of)
 
     def _answers(self, entry: _Entry) -> bool:
         """Whether a pass still holds; one that does not is forgotten."""
-        now = () if entry.steps != _optimizer_steps else self._trace((entry.x, entry.y, *self._sources()))
-        same = len(now) == len(entry.tensors)
-        if not same or any(a is not b or rest != was for (a, *rest), (b, *was) in zip(now, entry.tensors)):
+        if self._fingerprint(entry.x, entry.y) != entry.made_of:
             self._entry = None
             return False
         # A pass made without a graph cannot answer where gradients are wanted.
         return entry.grad_enabled or not torch.is_grad_enabled()
 
-    def train(self, mode: bool = True) -> EquivariantTransform:
-        """The other mode may estimate log-dets otherwise."""
-        if mode != self.training:
-            self._entry = None
-        return super().train(mode)
+    # ---- copies and checkpoints -------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self._entry = None
@@ -320,6 +319,50 @@ class EquivariantTransform(TransformModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+    def _architecture(self) -> dict[str, Any]:
+        """What decides, besides the parameters, which map this is: by path of each part its class and settings."""
+        found = described(self, EquivariantTransform)
+        for name in ("tolerance", "max_steps", "on_failure"):  # how closely a map is computed, not which
+            found[""].pop(name, None)
+        return found
+
+    def get_extra_state(self) -> Tensor:
+        """What the transform computes besides its parameters, as bytes of JSON."""
+        return encode(self._architecture())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: what a checkpoint says of the transform is compared before anything is loaded."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; a checkpoint of a transform that computes something else is refused, unless not ``strict``.
+
+        :raises ValueError: another architecture; nothing is loaded then.
+        """
+        if not strict:
+            state_dict = {name: value for name, value in state_dict.items() if not name.endswith(_DESCRIPTION)}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._check_architecture(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_architecture(self, state_dict: dict[str, Any], prefix: str) -> None:
+        lines = []
+        for name, part in self.named_modules(prefix=prefix.removesuffix(".")):
+            if isinstance(part, EquivariantTransform):
+                at = f"{name}." if name else ""
+                saved = decode(state_dict.get(at + _DESCRIPTION))
+                if saved is not None:
+                    own = decode(part.get_extra_state()) or {}
+                    lines += [f"{at}{line}" for line in differences(own, saved)]
+        if lines:
+            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+            raise ValueError(
+                f"{type(self).__name__}: expected the checkpoint of a transform that computes the same from its "
+                f"parameters, found another architecture: {'; '.join(lines[:5])}{more}. Build the transform as the one "
+                "that was saved, or load all the same with load_state_dict(..., strict=False)"
+            )
 
 
 def check_finite(x: Tensor, dimensions: int, owner: str) -> None:

@@ -56,6 +56,10 @@ class BlockLayout:
         self.sizes = [sum(field.size for field in block.fields) for block in blocks]
         self.starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
 
+    def names(self) -> list[list[str]]:
+        """The names of the blocks' fields."""
+        return [[field.name for field in block.fields] for block in self.blocks]
+
     def coordinates(self, x: Tensor) -> Tensor:
         """An event's coordinates :math:`z`, shape ``(*batch, C, *spatial)``."""
         basis = self._constants.like(x)["basis"]

@@ -48,7 +48,15 @@ class ConditionableTransform(EquivariantTransform):
         self.context: Tensor | None = None
 
     def _sources(self) -> tuple[Tensor, ...]:
-        return super()._sources() if self.context is None else (self.context, *super()._sources())
+        return () if self.context is None else (self.context,)
+
+    def _checked_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
+        # With the context's batch, so that a base distribution is expanded to it: a draw of its own for each context.
+        shape = super()._checked_shape(shape, field_type)
+        if self.context is None:
+            return shape
+        dim = -self.event_dim
+        return torch.Size((*_joint_batch(shape[:dim], self.context.shape[:dim]), *shape[dim:]))
 
     def _with_context(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``x`` and the context, both of the joint batch shape and on the grid of ``x``."""
@@ -67,18 +75,25 @@ def _broadcast(x: Tensor, context: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     grid = context.shape[context.dim() + dim + 1 :]
     if grid != spatial and grid.numel() > 1:  # a grid of one point is a vector, spread evenly
         raise ValueError(f"context: expected the event's grid {tuple(spatial)}, found {tuple(grid)}")
+    batch = _joint_batch(x.shape[:dim], context.shape[:dim])
+    return x.expand(*batch, *x.shape[dim:]), context.expand(*batch, context.shape[dim], *spatial)
+
+
+def _joint_batch(events: torch.Size, contexts: torch.Size) -> torch.Size:
     try:
-        batch = torch.broadcast_shapes(x.shape[:dim], context.shape[:dim])
+        return torch.broadcast_shapes(events, contexts)
     except RuntimeError as error:
         raise ValueError(
-            f"context: expected a batch shape that broadcasts against the event's {tuple(x.shape[:dim])}, found "
-            f"{tuple(context.shape[:dim])}"
+            f"context: expected a batch shape that broadcasts against the event's {tuple(events)}, found "
+            f"{tuple(contexts)}"
         ) from error
-    return x.expand(*batch, *x.shape[dim:]), context.expand(*batch, context.shape[dim], *spatial)
 
 
 class ConditionalEquivariantTransform(ConditionalTransformModule):
     r"""A family of transforms indexed by a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
+
+    Given a batch of contexts, a transform's batch is joined with theirs: a distribution of it has their batch shape,
+    and every context draws noise of its own.
 
     Example::
 

@@ -126,6 +126,11 @@ class EquivariantCoupling(WithTransformer, ConditionableTransform):
         chosen = Transformer(transformer, num_bins=num_bins)
         return _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
 
+    def _architecture(self) -> dict[str, Any]:
+        found = super()._architecture()
+        found[""] |= {"split": self._parts.kept, "blocks": self._parts.layout.names(), **self._transformer.keywords()}
+        return found
+
     def _map_parameters(self, x_a: Tensor) -> list[Tensor]:
         x_a, context = self._with_context(x_a)
         out = self.conditioner(x_a if context is None else torch.cat([x_a, context], -self.event_dim))

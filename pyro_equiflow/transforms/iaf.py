@@ -157,6 +157,11 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
         chosen = Transformer(transformer, num_bins=num_bins)
         return _Ordered(field_type, order, split_by, chosen).conditioner_degrees(context_type)
 
+    def _architecture(self) -> dict[str, Any]:
+        found = super()._architecture()
+        found[""] |= {"order": self.order, "blocks": self._parts.layout.names(), **self._transformer.keywords()}
+        return found
+
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parts, dim = self._parts, -self.event_dim
         x, context = self._with_context(x)

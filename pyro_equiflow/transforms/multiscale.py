@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -100,16 +100,28 @@ class _OnFields(EquivariantTransform):
         _check_part("deeper", transform, _select(field_type, chosen))
         super().__init__(field_type, cache_size=0)
         self.transform = transform
+        self._chosen = chosen
         ends = np.cumsum([field.size for field in field_type.representations])
         channels = np.split(np.arange(field_type.size), ends[:-1])
         rest = [i for i in range(len(channels)) if i not in chosen]
         order = np.concatenate([channels[i] for i in [*rest, *chosen]])
         self._constants = Constants(order=order, inverse_order=np.argsort(order))
 
+    def _checked_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
+        shape, dim = super()._checked_shape(shape, field_type), -self.event_dim
+        deeper = torch.Size((*shape[:dim], self.transform.field_type.size, *shape[dim + 1 :]))
+        return torch.Size((*self.transform.forward_shape(deeper)[:dim], *shape[dim:]))
+
+    def _architecture(self) -> dict[str, Any]:
+        found = super()._architecture()
+        found[""]["chosen"] = self._chosen
+        return found
+
     def _apply_to(self, x: Tensor, run: Callable[[Tensor], tuple[Tensor, _LogDet]]) -> tuple[Tensor, _LogDet]:
         dim, size, constants = -self.event_dim, self.transform.field_type.size, self._constants.like(x)
         rest, chosen = x.index_select(dim, constants["order"]).split([self.field_type.size - size, size], dim)
         chosen, ladj = run(chosen)
+        rest = rest.expand(*chosen.shape[:dim], *rest.shape[dim:])  # a batch of contexts on one event
         return torch.cat([rest, chosen], dim).index_select(dim, constants["inverse_order"]), ladj
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
