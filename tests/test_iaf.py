@@ -237,7 +237,7 @@ def test_batches_of_contexts_in_a_distribution():
     base = dist.Normal(torch.zeros(8).double(), 1.0).to_event(1)
     family = dist.ConditionalTransformedDistribution(base, [transform])
     context = torch.randn(5, context_type.size, dtype=torch.float64)
-    x = family.condition(context).rsample((4, 5))
+    x = family.condition(context).rsample((4,))
     scores = family.condition(context).log_prob(x)
     assert x.shape == (4, 5, 8) and scores.shape == (4, 5)
     for i in range(5):

@@ -570,7 +570,7 @@ def test_conditional_transformed_distribution():
     flow = ConditionalTransformedDistribution(base, [transform])
     context = torch.randn(4, context_type.size)
     given = flow.condition(context)
-    x = given.sample((4,))
+    x = given.sample()
     log_prob = given.log_prob(x)
     assert log_prob.shape == (4,)
     torch.testing.assert_close(log_prob, flow.condition(context).log_prob(x.clone()), rtol=1e-4, atol=1e-4)
