@@ -161,8 +161,8 @@ class Autoencoder(torch.nn.Module):
         return self.noise() if self.flow is None else dist.TransformedDistribution(self.noise(), [self.flow])
 
     def posterior(self, x):
-        family = dist.ConditionalTransformedDistribution(self.noise(), list(self.couplings))
-        # A batch of contexts is a batch of distributions: a draw of its own for every image.
+        noise = self.noise().expand(x.shape[:-1])  # a draw of its own for every image
+        family = dist.ConditionalTransformedDistribution(noise, list(self.couplings))
         return family.condition(expand(self.encoder)(x / 8 - 1))
 
     def likelihood(self, z):
