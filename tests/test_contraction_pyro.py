@@ -264,7 +264,7 @@ def test_draws_nobody_scores_ask_for_no_log_det(kind, conditioned, backwards):
     # With gradients wanted the pass is made anew.
     flow.log_prob(draw).sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in transform.parameters())
-    assert flow.sample((3,)).shape == (3, 8)
+    assert flow.sample((3,)).shape == (3, *flow.batch_shape, 8)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
