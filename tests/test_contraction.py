@@ -61,6 +61,20 @@ def relative(difference, reference, dimensions=1):
     return norms(difference, dimensions) / norms(reference, dimensions).clamp(min=1)
 
 
+@pytest.mark.parametrize(
+    "name, hidden, function",
+    [("SO2", 512, "lipswish"), ("C4", 512, "sin2pi"), ("C4", 32, "elu"), ("SO2", 32, "sin"), ("C4-plane", 48, "tanh")],
+)
+@every_kind
+def test_one_checkpoint_is_one_map_in_both_precisions(kind, name, hidden, function):
+    type_ = INVERTED[name]()
+    transform = solved(kind, type_, hidden_dims=(hidden, hidden), function=function).eval()
+    x = torch.randn(16, type_.size, *(event_dim(type_) // 2 * (4, 4)))
+    with torch.no_grad():
+        narrow, wide = transform(x), copy.deepcopy(transform).double()(x.double())
+    assert (norms(narrow - wide, x.dim() - 1) <= 2e-6 * norms(wide, x.dim() - 1)).all()
+
+
 # ---- the inverse --------------------------------------------------------------------------------------------
 
 

@@ -26,12 +26,13 @@ from pyro_equiflow.nn import (
     PointwiseNonLinearity,
     SteerableConv,
     SteerableLinear,
+    SteerableModule,
     expand,
     lipschitz_bound,
     lipschitz_net,
     weight_norm,
 )
-from pyro_equiflow.nn import lipschitz as module_under_test
+from pyro_equiflow.nn.lipschitz_conditioner import Normalized
 from tests.cases import DTYPES, field_type, point, spatial_shape
 from tests.test_lipschitz_nets import jacobian_norms, worst_norm
 from tests.test_operator_norm import all_angles, dense, lanczos, linear_part, symbol_norms, top
@@ -448,6 +449,71 @@ def test_the_contexts_part_is_free():
     assert whole > 1  # jointly with the context it is no contraction
 
 
+class Shared(SteerableModule):
+    """A user's layer whose weight has columns of its own making: one number times the identity, the sum of three."""
+
+    def __init__(self, in_type, out_type):
+        super().__init__(in_type, out_type)
+        self.w = torch.nn.Parameter(torch.tensor([[0.1, 0.1, 5.0]]))
+
+    def expanded(self):
+        size = self.out_type.size
+        return Expanded(lambda x, w: w.sum() * x[:, :size], (self.w,))
+
+
+class Mixed(Shared):
+    """The event is multiplied by the last column of a weight that has one a channel."""
+
+    def __init__(self, in_type, out_type):
+        super().__init__(in_type, out_type)
+        self.w = torch.nn.Parameter(torch.ones(1, in_type.size))
+
+    def expanded(self):
+        size = self.out_type.size
+        return Expanded(lambda x, w: w[:, -1:] * x[:, :size], (self.w,))
+
+
+class Squashed(Shared):
+    """Not linear in what it calls its weight."""
+
+    def expanded(self):
+        return Expanded(lambda x, w: torch.tanh(w.sum()) * x, (self.w,))
+
+
+@weight_norm.register(Shared)
+def _(module, weight, spatial_shape=None):
+    return weight.sum().abs()
+
+
+@weight_norm.register(Mixed)
+def _(module, weight, spatial_shape=None):
+    return weight.abs().sum()
+
+
+def test_columns_without_a_context_are_not_taken_for_one():
+    kind = _swap_type()
+    net = enn.SequentialModule(Shared(kind, kind), enn.IdentityModule(kind))
+    for c in (0.3, 0.9):
+        (fn, tensors), bound = LipschitzConditioner(net, kind, kind, c).normalized()
+        true = top(fn(torch.eye(kind.size), *tensors).detach())
+        assert c - 1e-4 <= true <= bound <= c
+
+
+def test_first_layers_that_hide_the_contexts_part_are_refused():
+    kind = field_type("C4")
+    types = EquivariantResidual.conditioner_types(kind, context_type=_scalars(kind.gspace))
+    for layer, message in ((Shared, r"weight of \(1, 3\)"), (Mixed, "the last 1, the context's, act on it as well")):
+        with pytest.raises(ValueError, match=f"conditioner: expected .*{layer.__name__}.* {message}.*SteerableLinear"):
+            LipschitzConditioner(enn.SequentialModule(layer(*types)), *types, 0.9)
+        # Behind another layer there is no context's part.
+        inner = enn.SequentialModule(SteerableLinear(types[0], kind), Shared(kind, kind))
+        assert LipschitzConditioner(inner, *types, 0.9).normalized().bound <= 0.9
+    with pytest.raises(ValueError, match=r"expected Squashed.*twice the weight does not double"):
+        LipschitzConditioner(enn.SequentialModule(Squashed(kind, kind)), kind, kind, 0.9)
+    with pytest.raises(ValueError, match=r"in_type: expected the fields of out_type .*, then those of a context"):
+        LipschitzConditioner(lipschitz_net(*types[::-1]), *types[::-1], 0.9)
+
+
 def test_conditional_transforms_are_inverted_under_strong_contexts():
     kind = field_type("C4")
     transform = conditional_equivariant_residual(kind, _scalars(kind.gspace), hidden_dims=(16,), identity_init=False)
@@ -552,6 +618,6 @@ def test_a_network_scaled_too_little_is_caught(dtype):
     normalized = conditioner.normalized
     check(conditioner, torch.randn(20, kind.size), ascent=0, worst_wanted=0.85)
     spoilt = normalized().expanded._replace(tensors=tuple(1.03 * t for t in normalized().expanded.tensors))
-    conditioner.normalized = lambda spatial: module_under_test.Normalized(spoilt, 0.9)
+    conditioner.normalized = lambda spatial: Normalized(spoilt, 0.9)
     with pytest.raises(AssertionError):
         check(conditioner, torch.randn(20, kind.size), ascent=0)

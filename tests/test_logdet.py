@@ -138,6 +138,39 @@ def test_error_bounds_hold(size, c):
             assert ((found.value.double() - expected).abs() <= found.error.double()).all()
 
 
+def nearly_singular(size, c, count):
+    """Matrices of norm just below ``c``, in float32, with ``-c`` in one direction, less in others, and turned a bit."""
+    frame = torch.linalg.qr(torch.randn(count, size, size, dtype=torch.float64)).Q
+    shrunk = 1 - 10 ** (-5 * torch.rand(count, size, dtype=torch.float64))
+    shrunk[:, 0] = 1
+    skew = torch.randn(count, size, size, dtype=torch.float64) * 10 ** (-4 * torch.rand(count, 1, 1)).double()
+    return (-c * (1 - 2e-7) * torch.matrix_exp(skew - skew.mT) @ (frame * shrunk[:, None]) @ frame.mT).float()
+
+
+@pytest.mark.parametrize("c", [0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_exact_near_a_singular_jacobian(size, c):
+    """In float32: sums of products cancel there, in values and in gradients, which are inverses."""
+    count = 4000 if size == 3 else 500
+    matrices = nearly_singular(size, c, count).requires_grad_()
+    wide = matrices.detach().double() + torch.eye(size)
+    expected, inverse = torch.linalg.slogdet(wide).logabsdet, torch.linalg.inv(wide).mT
+    x = torch.zeros(count, size)
+
+    def fn(x, matrices):
+        return torch.einsum("bij,bj->bi", matrices, x)
+
+    found = PowerSeries(probes=None, terms=100)(fn, x, (matrices,), lipschitz=c, training=True)
+    assert ((found.value.detach() - expected).abs() <= found.error).all()
+    found = Exact()(fn, x, (matrices,), lipschitz=c, training=True)
+    # The allowance is for Jacobians that are off as well; these are known to the last digit.
+    assert ((found.value.detach() - expected).abs() <= 0.1 * found.error).all()
+    (gradient,) = gradients(found.value.sum(), matrices)
+    # Changes of some ulp of the matrix change its inverse by as many over the least singular value.
+    off = torch.linalg.matrix_norm(gradient - inverse) / torch.linalg.matrix_norm(inverse)
+    assert off.max() <= 4 * torch.finfo(torch.float32).eps / (1 - c)
+
+
 def test_error_bound_is_nearly_met():
     """At ``J = -c I`` every term of the remainder has the same sign: the bound is no idle one."""
     x = torch.zeros(1, 4, dtype=torch.float64)

@@ -74,6 +74,18 @@ def test_a_bound_from_below_is_caught(monkeypatch):
     assert never_below(spectral_norm, count=300).min() < 1
 
 
+@pytest.mark.parametrize("shape", [(512, 512), (512, 3), (64, 64), (1, 1), (32, 16, 3, 3), (5, 4, 3, 3, 3)])
+def test_bounds_in_both_precisions_differ_by_rounding(shape):
+    """So that ``.double()`` leaves a map that is scaled by them the same."""
+    weight = torch.randn(shape, dtype=torch.float32)
+    angles = all_angles(len(shape[2:]) * (6,)) if len(shape) > 2 else None
+    found = [
+        float(spectral_norm(w) if angles is None else convolution_norm(w, angles, 1.0))
+        for w in (weight, weight.double())
+    ]
+    assert abs(found[0] / found[1] - 1) <= 1e-6
+
+
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-19, 1e19, 1e30, 1e37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_extreme_scales(scale, dtype):

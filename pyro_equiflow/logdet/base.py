@@ -191,6 +191,14 @@ def range_error(value: Tensor, event_size: int, lipschitz: float) -> Tensor:
     return torch.maximum(value.detach() - low, high - value.detach())
 
 
-def rounding_allowance(event_size: int, lipschitz: float, dtype: torch.dtype) -> float:
-    """Allowance for rounding: entries of ``J`` wrong by some ulp, and ``|d logdet| <= D |dJ| / (1 - c)``."""
-    return 32 * torch.finfo(dtype).eps * event_size / (1 - lipschitz)
+def rounding_allowance(x: Tensor, lipschitz: float) -> Tensor:
+    r"""Allowance for rounding a sample, :math:`\epsilon D (32 + 4 |x|) / (1 - c)`, shape ``(B,)``.
+
+    By :math:`|d \log\det(I + J)| \le D |dJ| / (1 - c)`: entries of :math:`J` are wrong by some ulp, and, where events
+    are long, by what :math:`J` changes over the rounding of what a network adds to them. That is a model, for maps
+    that turn on the scale of 1 and add nothing much longer than :math:`x`; never more than the range of log-dets.
+    """
+    size = x.shape[1:].numel()
+    length = torch.linalg.vector_norm(x.detach().flatten(1), dim=1)
+    allowance = torch.finfo(x.dtype).eps * size / (1 - lipschitz) * (32 + 4 * length)
+    return allowance.clamp(max=size * (math.log1p(lipschitz) - math.log1p(-lipschitz)))

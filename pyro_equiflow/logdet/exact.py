@@ -16,7 +16,7 @@ from pyro_equiflow.logdet.base import (
     forward_pass,
     rounding_allowance,
 )
-from pyro_equiflow.ops.dense import dense_jacobian, log_abs_det
+from pyro_equiflow.ops.dense import dense_jacobian, log_det_definite
 
 __all__ = ["Exact"]
 
@@ -27,9 +27,9 @@ class Exact:
 
     .. math:: \log|\det(I + J_f(x))|
 
-    One forward pass, :math:`D` reverse passes run as a batch, then determinants in closed form up to 3 x 3 and by LU
-    beyond. Differentiable in ``x`` and ``tensors`` as often as ``fn`` is. The error given is an allowance for rounding,
-    :math:`32\, \epsilon D / (1 - c)`.
+    One forward pass, :math:`D` reverse passes run as a batch, then determinants by elimination, written out up to
+    3 x 3 and by LU beyond. Differentiable in ``x`` and ``tensors`` as often as ``fn`` is. The error given is an
+    allowance for rounding, :math:`\epsilon D (32 + 4 |x|) / (1 - c)`.
 
     Example::
 
@@ -60,8 +60,8 @@ class Exact:
         size = x.shape[1:].numel()
         with forward_pass(fn, x, tensors) as (x, y, _, keep, _):
             jacobian = dense_jacobian(y, x, self.rows, create_graph=keep)
-            value = log_abs_det(jacobian + torch.eye(size, dtype=x.dtype, device=x.device))
+            value = log_det_definite(jacobian + torch.eye(size, dtype=x.dtype, device=x.device))
             if not keep:
                 value, y = value.detach(), y.detach()
-        error = torch.full_like(value, rounding_allowance(size, lipschitz, x.dtype), requires_grad=False)
+        error = rounding_allowance(x, lipschitz)
         return LogDet(value, error, torch.zeros_like(error), y, jacobian.detach())

@@ -129,8 +129,8 @@ class PowerSeries:
         |R_n| \le \frac{D c^{n+1}}{(n+1)(1-c)}
 
     With ``probes=None`` the traces are exact, :math:`D` unit probes that share one dense Jacobian: the value is
-    deterministic, its error at most the remainder and an allowance for rounding, :math:`32\, \epsilon D / (1 - c)`, and
-    its gradient, to any order, that of the truncated sum.
+    deterministic, its error at most the remainder and the allowance for rounding of :class:`Exact`, and its gradient,
+    to any order, that of the truncated sum.
 
     With random probes, :math:`\operatorname{tr} J^k` is estimated by :math:`v^\top J^k v`, a vector-Jacobian product a
     term. The gradient, estimated with the same probes, is right on average for the truncated sum; it is not that of the
@@ -203,8 +203,7 @@ class PowerSeries:
             value = _trace_series(dense_jacobian(y, x, self.rows, create_graph=keep), terms)
             if not keep:
                 value, y = value.detach(), y.detach()
-        bound = remainder + rounding_allowance(size, lipschitz, x.dtype)
-        error = torch.full_like(value, bound, requires_grad=False)
+        error = remainder + rounding_allowance(x, lipschitz)
         return LogDet(value, error, torch.zeros_like(error), y)
 
 

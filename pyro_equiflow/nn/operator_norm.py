@@ -22,6 +22,9 @@ __all__ = ["convolution_norm", "frequencies", "spectral_norm"]
 _SLACK = 1.03
 _GRID_SLACK = 1.05
 
+# One for both precisions, float32's, so that the weights a bound scales, and the map they make, are the same in both.
+_EPSILON = torch.finfo(torch.float32).eps
+
 # Squarings between two normalisations: eighth powers stay far from the smallest numbers, and few calls are made.
 _STAGE = 3
 
@@ -32,8 +35,9 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     .. math:: \|A\|_2 \le \|A\|_{S_p} = \bigl\|(A^H A)^{p/4}\bigr\|_F^{2/p}, \qquad p = 2^{t+2}
 
     The Schatten norm exceeds :math:`\|A\|_2` by a factor of at most :math:`m^{1/p}` for rank :math:`m`, which sets the
-    number :math:`t` of squarings. Power iteration would approach :math:`\|A\|_2` from below. What rounding could take
-    off is added, entries below the smallest normal number aside. Differentiable twice.
+    number :math:`t` of squarings. Power iteration would approach :math:`\|A\|_2` from below. What rounding in float32
+    could take off is added, entries below the smallest normal number aside, in float64 too: then both precisions give
+    one bound, to rounding. Differentiable twice.
 
     :param matrix: shape ``(m, n)``, real or complex.
     :return: a real scalar tensor.
@@ -69,7 +73,7 @@ def _allowance(matrix: Tensor) -> float:
     Later squarings enter with half the weight of the one before.
     """
     small, large = sorted(matrix.shape[-2:])
-    return 1 + torch.finfo(matrix.dtype).eps * (small + large) * math.sqrt(small)
+    return 1 + _EPSILON * (small + large) * math.sqrt(small)
 
 
 def _gram(matrix: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def _symbol_allowance(weight: Tensor) -> float:
     points = weight[0, 0].numel()
     if points == 1:
         return 1.0
-    return 1 + torch.finfo(weight.dtype).eps * (points + 2) * math.sqrt(points * min(weight.shape[:2]))
+    return 1 + _EPSILON * (points + 2) * math.sqrt(points * min(weight.shape[:2]))
 
 
 def _waves(weight: Tensor, angles: np.ndarray) -> Tensor:

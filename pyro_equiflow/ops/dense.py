@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["dense_jacobian", "log_abs_det", "solve_definite"]
+__all__ = ["dense_jacobian", "log_det_definite", "solve_definite"]
 
 # Elimination written out on columns beat batched LU up to here (1000 matrices, one thread).
 _CLOSED_FORM = 3
@@ -51,21 +52,21 @@ def dense_jacobian(y: Tensor, x: Tensor, rows: int, create_graph: bool) -> Tenso
     return jacobian.reshape(size, batch, size).transpose(0, 1)
 
 
-def log_abs_det(matrix: Tensor) -> Tensor:
-    """Log of the absolute determinant, ``(*batch, D, D)`` to ``(*batch,)``; closed form up to 3x3."""
-    size = matrix.shape[-1]
-    if size > 3:
+def log_det_definite(matrix: Tensor) -> Tensor:
+    r"""Log-determinant where :math:`A + A^\top` is positive definite, as of :math:`A = 1 + J` with :math:`|J| < 1`.
+
+    The determinant is positive then. Near a singular matrix a sum of products cancels; pivots do not, see
+    :func:`solve_definite`: what rounding does is what changes of some ulp in the entries would do.
+
+    :param matrix: shape ``(*batch, D, D)``.
+    :return: shape ``(*batch,)``, differentiable.
+    """
+    if matrix.shape[-1] > _CLOSED_FORM:
         return torch.linalg.slogdet(matrix).logabsdet
-    rows = [row.unbind(-1) for row in matrix.unbind(-2)]
-    if size == 1:
-        det = rows[0][0]
-    elif size == 2:
-        (a, b), (c, d) = rows
-        det = a * d - b * c
-    else:
-        (a, b, c), (d, e, f), (g, h, i) = rows
-        det = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-    return det.abs().log()
+    a, _ = _eliminated([list(row.unbind(-1)) for row in matrix.unbind(-2)])
+    # One logarithm each: the product of small pivots may vanish.
+    logs = [row[k].abs().log() for k, row in enumerate(a)]
+    return sum(logs[1:], logs[0])
 
 
 def solve_definite(matrix: Tensor, right: Tensor) -> Tensor:
@@ -83,14 +84,7 @@ def solve_definite(matrix: Tensor, right: Tensor) -> Tensor:
     size = right.shape[1]
     if size > _CLOSED_FORM:
         return torch.linalg.solve_ex(matrix, right[:, :, None])[0][:, :, 0]
-    a = [list(row.unbind(1)) for row in matrix.unbind(1)]
-    b = list(right.unbind(1))
-    for k in range(size):
-        for i in range(k + 1, size):
-            factor = a[i][k] / a[k][k]
-            for j in range(k + 1, size):
-                a[i][j] = a[i][j] - factor * a[k][j]
-            b[i] = b[i] - factor * b[k]
+    a, b = _eliminated([list(row.unbind(1)) for row in matrix.unbind(1)], list(right.unbind(1)))
     z: list[Tensor] = []
     for k in reversed(range(size)):
         known = b[k]
@@ -98,3 +92,17 @@ def solve_definite(matrix: Tensor, right: Tensor) -> Tensor:
             known = known - a[k][j] * value
         z.append(known / a[k][k])
     return torch.stack(z[::-1], 1) if z else right
+
+
+def _eliminated(a: list[list[Tensor]], b: Sequence[Tensor] = ()) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Rows ``a`` of matrices, and right-hand sides, after elimination without pivots; ``a`` holds below its diagonal
+    what it held before."""
+    a, b = [list(row) for row in a], list(b)
+    for k in range(len(a)):
+        for i in range(k + 1, len(a)):
+            factor = a[i][k] / a[k][k]
+            for j in range(k + 1, len(a)):
+                a[i][j] = a[i][j] - factor * a[k][j]
+            if b:
+                b[i] = b[i] - factor * b[k]
+    return a, b

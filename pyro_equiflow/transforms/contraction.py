@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_equiflow.logdet import Estimator, LogDet, default_estimator
 from pyro_equiflow.nn import lipschitz_net
-from pyro_equiflow.nn.lipschitz import LipschitzConditioner
+from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
 from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point

@@ -9,7 +9,7 @@ from typing import Any
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.nn.lipschitz import LipschitzConditioner
+from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
 from pyro_equiflow.solvers import Solution
 from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
