@@ -72,14 +72,29 @@ def test_scales_on_irreps_are_one_an_irrep():
     assert not off.any()
 
 
-def test_scales_on_regular_fields_are_one_a_channel():
-    c4 = group.cyclic_group(4)
-    kind = point(c4, c4.regular_representation, c4.regular_representation)
-    transform = randomize(pe.equivariant_coupling(kind, **SMALL)).double()
-    jacobian = torch.autograd.functional.jacobian(transform._call, torch.randn(8, dtype=torch.float64))
-    scales = jacobian.diagonal()[4:]
-    assert len(scales.unique()) == 4
-    assert not (jacobian[4:, 4:] - scales.diag()).any()
+@pytest.mark.parametrize(
+    "field",
+    [
+        group.cyclic_group(4).regular_representation,
+        group.cyclic_group(4).quotient_representation(2),
+        group.dihedral_group(4).quotient_representation((0, 1)),
+    ],
+    ids=["C4-regular", "C4-quotient", "D4-quotient"],
+)
+def test_scales_on_permutation_fields_are_one_a_channel(field):
+    """Such a field is kept whole, as it stands: in the basis of its irreps it would have fewer scales."""
+    kind = point(field.group, field, field)
+    layout = block_layout(kind, "fields", "here")
+    assert layout.basis is None and [block.fields for block in layout.blocks] == [(field,), (field,)]
+    transform = randomize(pe.equivariant_coupling(kind, split_by="fields", **SMALL)).double()
+    x = torch.randn(kind.size, dtype=torch.float64)
+    testing.assert_equivariant(transform, x, elements=field.group.elements)
+    jacobian = torch.autograd.functional.jacobian(transform._call, x)
+    scales = jacobian.diagonal()[field.size :]
+    assert len(scales.unique()) == field.size
+    assert not (jacobian[field.size :, field.size :] - scales.diag()).any()
+    by_irreps = block_layout(kind, "irreps", "here")
+    assert [block.fields for block in by_irreps.blocks] == 2 * [(field.group.irrep(*i),) for i in field.irreps]
 
 
 def test_identity_init():
