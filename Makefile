@@ -6,6 +6,7 @@
 #   make lint     ruff and mypy
 #   make bench    the benchmarks
 #   make docs     the documentation, in docs/_build/html; warnings are errors
+#   make mutants  faults planted in the code one at a time, to see whether tests fail (ARGS="transforms/affine.py")
 #   make tutorials  the notebooks, executed (ARGS=--smoke: short runs, nothing kept)
 #   make clean    remove .venv and caches
 #
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: env test demo lint bench docs tutorials clean
+.PHONY: env test demo lint bench docs mutants tutorials clean
 
 env: $(STAMP)
 
@@ -38,7 +39,7 @@ $(STAMP): setup.cfg pyproject.toml pyro_equiflow/version.py $(shell find stand_i
 	@touch $@
 
 # One thread a process: small tensor work is many times slower where threads outnumber cores.
-test bench tutorials: export OMP_NUM_THREADS = 1
+test bench mutants tutorials: export OMP_NUM_THREADS = 1
 test: env
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
@@ -56,6 +57,10 @@ bench: env
 docs: env
 	$(BIN)/python -m sphinx -W --keep-going -n -q -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 	@echo docs/_build/html/index.html
+
+mutants: env
+	$(PIP) install --quiet --editable '.[mutants]'
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 tutorials: env
 	$(BIN)/python tutorials/run.py $(ARGS)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transforms as Pyro's users find them: in pyro.distributions.transforms."""
 
+import inspect
+
 import pyro.distributions.transforms as pyro_transforms
 import pytest
 
 import pyro_equiflow as pe
-from pyro_equiflow import transforms
+from pyro_equiflow import infer, logdet, nn, solvers, transforms
 from pyro_equiflow.registration import register
 
 NAMES = [n for n in transforms.__all__ if "quivariant" in n and not n.endswith("Transform")]
@@ -44,3 +46,48 @@ def test_a_name_taken_is_an_error_and_adds_nothing(monkeypatch):
     with pytest.raises(ValueError, match="pyro.distributions.transforms.equivariant_linear is taken by .object"):
         register()
     assert not hasattr(pyro_transforms, "equivariant_coupling")
+
+
+#: A keyword of classes, twins and factories means the same wherever it stands, left out as well.
+DEFAULTS = {
+    "batch_size": 1000,
+    "bias": True,
+    "check_invariance": True,
+    "data_init": True,
+    "distribution": "rademacher",
+    "hidden_dims": (64, 64),
+    "identity_init": True,
+    "kernel_size": 3,
+    "lipschitz": 0.9,
+    "log_scale_bound": 3.0,
+    "num_bins": 8,
+    "num_levels": 256,
+    "on_failure": "raise",
+    "padding_mode": "zeros",
+    "rounding": 2.0,
+    "spline_bound": 5.0,
+    "transformer": "affine",
+    "zero_init": False,
+}
+
+
+def signatures():
+    for module in (pe, infer, logdet, nn, solvers, transforms):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            parts = (
+                [thing] if inspect.isfunction(thing) else list(vars(thing).values()) if inspect.isclass(thing) else []
+            )
+            for part in (getattr(part, "__func__", part) for part in parts):
+                if inspect.isfunction(part):
+                    yield f"{name}: {part.__name__}", inspect.signature(part)
+
+
+def test_a_keyword_has_one_default():
+    seen = set()
+    for owner, signature in signatures():
+        for name, parameter in signature.parameters.items():
+            if name in DEFAULTS and parameter.default is not parameter.empty:
+                assert parameter.default == DEFAULTS[name], f"{owner}: {name} = {parameter.default}"
+                seen.add(name)
+    assert seen == set(DEFAULTS)
