@@ -183,7 +183,8 @@ def test_twins(kind, name):
     event_shape = (event_type.size, *spatial_shape(name))
     contexts = draw((3, context_type.size, *spatial_shape(name)), seed=4)
     keeps_the_contract(family.condition(contexts[0]), event_shape, family.parameters())
-    given = dist.ConditionalTransformedDistribution(normal((3, *event_shape)), [family]).condition(contexts)
+    given = dist.ConditionalTransformedDistribution(normal(event_shape), [family]).condition(contexts)
+    assert (given.batch_shape, given.event_shape) == ((3,), event_shape)
     y = given.rsample()
     assert y.shape == (3, *event_shape)
     each = [
