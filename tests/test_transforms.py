@@ -142,11 +142,13 @@ def test_fields_in_any_order(name, order):
         testing.assert_inverse(transform, x)
 
 
-def test_direct_sums_with_a_change_of_basis():
-    """A field that is neither a permutation nor in the basis of its irreps."""
+@pytest.mark.parametrize("slight", [False, True], ids=["far", "slight"])
+def test_direct_sums_with_a_change_of_basis(slight):
+    """A field that is neither a permutation nor in the basis of its irreps, however close to it."""
     c4 = group.cyclic_group(4)
-    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
-    mixed = group.Representation(c4, "turned", [(1,), (0,), (2,)], rotation, [])
+    skew = np.random.default_rng(0).normal(size=(4, 4))
+    rotation = scipy.linalg.expm(0.1 * (skew - skew.T)) if slight else np.linalg.qr(skew)[0]
+    mixed = group.Representation(c4, "turned slightly" if slight else "turned", [(1,), (0,), (2,)], rotation, [])
     kind = point(c4, mixed, c4.irrep(1), c4.regular_representation)
     x = torch.randn(4, kind.size, dtype=torch.float64)
     for split in ([0], [1], [1, 2]):
