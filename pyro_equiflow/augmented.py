@@ -12,8 +12,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
 from pyro_equiflow.ops.events import check_event, event_dim
-from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.representations import validate_field_type, validate_over
 
 __all__ = ["AugmentedDistribution", "augment"]
 
@@ -41,15 +42,10 @@ def augment(field_type: FieldType, auxiliary: FieldType | int) -> FieldType:
     """
     validate_field_type(field_type)
     gspace = field_type.gspace
-    if isinstance(auxiliary, int) and not isinstance(auxiliary, bool):
-        if auxiliary < 1:
-            raise ValueError(f"auxiliary: expected a positive number of invariant fields, found {auxiliary}")
-        auxiliary = FieldType(gspace, auxiliary * [gspace.trivial_repr])
-    validate_field_type(auxiliary, "auxiliary")
-    if auxiliary.gspace != gspace:
-        raise ValueError(
-            f"auxiliary: expected fields over the event's {gspace}, found {auxiliary.gspace}; one group acts on both"
-        )
+    if not isinstance(auxiliary, FieldType):
+        count = check_integer("auxiliary", auxiliary, 1, also="an escnn.nn.FieldType")
+        auxiliary = FieldType(gspace, count * [gspace.trivial_repr])
+    validate_over(gspace, auxiliary, "auxiliary")
     return FieldType(gspace, [*field_type.representations, *auxiliary.representations])
 
 
@@ -110,11 +106,10 @@ class AugmentedDistribution(TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(self, joint: Distribution, field_type: FieldType, *, validate_args: bool | None = None) -> None:
-        if not isinstance(joint, Distribution):
-            raise TypeError(
-                f"joint: expected a distribution, found {type(joint).__name__}; put a transform on a base: "
-                "dist.TransformedDistribution(InvariantNormal(joint_type), [transform])"
-            )
+        remedy = "put a transform on a base: dist.TransformedDistribution(InvariantNormal(joint_type), [transform])"
+        check_instance("joint", joint, Distribution, "a distribution", remedy=remedy)
+        if validate_args is not None:
+            check_flag("validate_args", validate_args, also="None")
         validate_field_type(field_type)
         shape, size = joint.event_shape, field_type.size
         if len(shape) != event_dim(field_type) or shape[0] <= size:
@@ -180,9 +175,8 @@ class AugmentedDistribution(TorchDistribution):
         :raises TypeError: not a floating tensor.
         :raises ValueError: another event shape, or a number that is not positive.
         """
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles: expected a positive integer, found {num_particles!r}")
-        check_event(value, self.field_type, "log_prob_bound")
+        num_particles = check_integer("num_particles", num_particles, 1)
+        check_event(value, self.field_type, "value")
         dimensions = len(self.event_shape)
         if value.shape[-dimensions:] != self.event_shape:
             raise ValueError(

@@ -13,8 +13,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_equiflow.ops.arguments import check_flag, check_instance, check_number
 from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import act, channel_matmul, channel_matrix, event_dim, on_grid
+from pyro_equiflow.ops.events import act, channel_matmul, channel_matrix, check_sides, event_dim, on_grid
 from pyro_equiflow.ops.representations import IrrepDecomposition, validate_field_type
 
 __all__ = ["InvariantNormal", "OrbitMixture"]
@@ -62,17 +63,19 @@ class InvariantNormal(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         validate_field_type(field_type)
-        spatial_shape = tuple(int(side) for side in spatial_shape)
-        if len(spatial_shape) != event_dim(field_type) - 1:
-            raise ValueError(
-                f"spatial_shape: expected {event_dim(field_type) - 1} side lengths for {field_type.gspace}, found "
-                f"{spatial_shape}"
-            )
+        spatial_shape = check_sides(spatial_shape, event_dim(field_type) - 1)
+        if validate_args is not None:
+            check_flag("validate_args", validate_args, also="None")
         decomposition = IrrepDecomposition(field_type)
         self.field_type = field_type
         self.spatial_shape = spatial_shape
         self.num_scales = len(decomposition.blocks)
         self.num_locs = len(decomposition.trivial)
+        for name, value, interval in (("loc", loc, "(-inf, inf)"), ("scale", scale, "(0, inf)")):
+            if not isinstance(value, Tensor):
+                check_number(name, value, interval, also="a tensor")
+            elif not value.is_floating_point():
+                raise TypeError(f"{name}: expected a floating-point tensor, found {value.dtype}; convert it with .to()")
         like = next((value for value in (scale, loc) if isinstance(value, Tensor)), torch.zeros(()))
 
         def of_all(value: Tensor | float, count: int) -> Tensor:
@@ -184,6 +187,9 @@ class OrbitMixture(TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(self, base: Distribution, field_type: FieldType, *, validate_args: bool | None = None) -> None:
+        check_instance("base", base, Distribution, "a distribution")
+        if validate_args is not None:
+            check_flag("validate_args", validate_args, also="None")
         validate_field_type(field_type)
         group = field_type.fibergroup
         if group.order() < 1:

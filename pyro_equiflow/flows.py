@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from escnn.nn import FieldType
 
-from pyro_equiflow.ops.events import check_event
+from pyro_equiflow.nn import MaskedSteerableNet, lipschitz_net, steerable_net
+from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integer, check_keywords
+from pyro_equiflow.ops.events import check_event, check_sides, event_dim
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms import (
     Compose,
+    EquivariantImplicit,
+    EquivariantResidual,
     EquivariantTransform,
     Inverse,
     MultiScale,
@@ -36,6 +40,7 @@ def _coupling(
 
     Linear maps mix equal irreps only, so under one fixed split unlike fields of one half never condition each other.
     """
+    rotate = check_flag("rotate", rotate)
     layout = block_layout(field_type, split_by, "equivariant_flow")
     first = layout.first_half(index // 2 if rotate else 0)
     split = first if index % 2 == 0 else [i for i in range(len(layout.blocks)) if i not in set(first)]
@@ -65,6 +70,16 @@ _KINDS: dict[str, Callable[..., EquivariantTransform]] = {
     "implicit": _whole(equivariant_implicit),
     "residual": _whole(equivariant_residual),
 }
+
+
+# Whose keywords a flow of a kind takes, and which of them it sets itself.
+_TAKERS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "coupling": (_coupling, equivariant_coupling, steerable_net),
+    "iaf": (equivariant_iaf, MaskedSteerableNet),
+    "implicit": (equivariant_implicit, lipschitz_net, EquivariantImplicit),
+    "residual": (equivariant_residual, lipschitz_net, EquivariantResidual),
+}
+_SET = ("context_type", "order", "split", "zero_init")
 
 
 def equivariant_flow(
@@ -107,19 +122,20 @@ def equivariant_flow(
         :class:`~pyro_equiflow.EquivariantCoupling`.
     :param kwargs: further keywords of the factory of the kind, such as ``log_scale_bound`` or ``kernel_size``; with
         ``kind="coupling"`` also ``rotate``, whether every two steps the halves begin one block later.
+    :raises TypeError: an argument of another type, an unknown keyword.
     :raises ValueError: a latent dimension unlike the field type's size, an unknown kind, no step, a type that
         cannot be split.
     """
     validate_field_type(field_type)
-    if latent_dim is not None and latent_dim != field_type.size:
+    if latent_dim is not None and check_integer("latent_dim", latent_dim, 1, also="None") != field_type.size:
         raise ValueError(
             f"latent_dim: expected the size {field_type.size} of field_type {field_type}, found {latent_dim}; the "
             "field type has to list every latent value of the model, invariant ones as trivial fields"
         )
-    if kind not in _KINDS:
-        raise ValueError(f"kind: expected one of {sorted(_KINDS)}, found {kind!r}")
-    if not isinstance(num_transforms, int) or num_transforms < 1:
-        raise ValueError(f"num_transforms: expected a positive integer, found {num_transforms!r}")
+    check_choice("kind", kind, _KINDS)
+    check_keywords(equivariant_flow, kwargs, *_TAKERS[kind], without=_SET)
+    num_transforms = check_integer("num_transforms", num_transforms, 1)
+    linear, actnorm = check_flag("linear", linear), check_flag("actnorm", actnorm)
     steps: list[EquivariantTransform] = []
     for index in range(num_transforms):
         if actnorm:
@@ -191,9 +207,10 @@ def image_flow(
     Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649).
     """
     validate_field_type(field_type)
-    if not isinstance(levels, int) or levels < 1:
-        raise ValueError(f"levels: expected a positive integer, found {levels!r}")
-    shape = tuple(shape)
+    check_choice("kind", kind, _KINDS)
+    check_keywords(image_flow, kwargs, equivariant_flow, *_TAKERS[kind], without=_SET)
+    levels, haar = check_integer("levels", levels, 1), check_flag("haar", haar)
+    shape = check_sides(shape, event_dim(field_type) - 1, "shape")
     check_event(torch.empty(field_type.size, *shape, device="meta"), field_type, "image_flow")
     if any(side % 2**levels for side in shape):
         raise ValueError(

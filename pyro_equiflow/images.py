@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.functional import softplus
 
+from pyro_equiflow.ops.arguments import check_instance, check_integer, check_number
+
 __all__ = ["LogitTransform", "bits_per_dim", "dequantize"]
 
 
@@ -71,10 +73,9 @@ class LogitTransform(Transform):
     codomain = constraints.real
 
     def __init__(self, alpha: float = 0.05, *, cache_size: int = 0) -> None:
-        if not 0 <= alpha < 0.5:
-            raise ValueError(f"alpha: expected a number in [0, 0.5), found {alpha!r}")
-        super().__init__(cache_size=cache_size)
-        self.alpha = float(alpha)
+        alpha = check_number("alpha", alpha, "[0, 0.5)")
+        super().__init__(cache_size=check_integer("cache_size", cache_size, 0, 1))
+        self.alpha = alpha
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -84,6 +85,7 @@ class LogitTransform(Transform):
 
     def with_cache(self, cache_size: int = 1) -> LogitTransform:
         """This transform with another cache size."""
+        cache_size = check_integer("cache_size", cache_size, 0, 1)
         return self if cache_size == self._cache_size else LogitTransform(self.alpha, cache_size=cache_size)
 
     def __eq__(self, other: object) -> bool:
@@ -145,8 +147,8 @@ def bits_per_dim(
     section 3.1; Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders* (arXiv 1509.00519), theorem 1.
     """
     _check_images(images, num_levels)
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples: expected a positive integer, found {num_samples!r}")
+    check_instance("density", density, Distribution, "a distribution")
+    num_samples = check_integer("num_samples", num_samples, 1)
     event = density.event_shape
     size = event.numel()
     if images.dim() < len(event) or images.shape[images.dim() - len(event) :] != event:
@@ -157,8 +159,7 @@ def bits_per_dim(
 
 
 def _check_images(images: Tensor, num_levels: int) -> None:
-    if not isinstance(num_levels, int) or num_levels < 2:
-        raise ValueError(f"num_levels: expected an integer of at least 2, found {num_levels!r}")
+    num_levels = check_integer("num_levels", num_levels, 2)
     stored = images.dtype if isinstance(images, Tensor) else None
     if stored is None or stored.is_floating_point or stored.is_complex or stored == torch.bool:
         raise TypeError(
@@ -175,6 +176,10 @@ def _check_images(images: Tensor, num_levels: int) -> None:
 
 
 def _dequantize(images: Tensor, num_levels: int, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None:
+        check_instance("dtype", dtype, torch.dtype, "a floating-point torch.dtype or None")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point torch.dtype, found {dtype}")
     levels = images.to(torch.get_default_dtype() if dtype is None else dtype)
     # k + u may round to k + 1, the next bin; in the last bin that is pixel 1, whose logit is infinite, as it is at the
     # pixel 0 that u = 0 gives in the first.

@@ -14,6 +14,7 @@ from escnn.nn import FieldType
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import probe_elements
 
@@ -80,10 +81,8 @@ class MeanFreePositions(Transform):
     domain = constraints.real_vector
 
     def __init__(self, num_particles: int, dim: int, *, cache_size: int = 0) -> None:
-        _check_particles(num_particles)
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim: expected a positive integer, found {dim!r}")
-        super().__init__(cache_size=cache_size)
+        num_particles, dim = check_integer("num_particles", num_particles, 2), check_integer("dim", dim, 1)
+        super().__init__(cache_size=check_integer("cache_size", cache_size, 0, 1))
         self.num_particles = num_particles
         self.dim = dim
         self._constants = Constants(basis=_helmert(num_particles))
@@ -123,6 +122,7 @@ class MeanFreePositions(Transform):
 
     def with_cache(self, cache_size: int = 1) -> MeanFreePositions:
         """This transform with another cache size."""
+        cache_size = check_integer("cache_size", cache_size, 0, 1)
         return (
             self if cache_size == self._cache_size else type(self)(self.num_particles, self.dim, cache_size=cache_size)
         )
@@ -169,13 +169,10 @@ def particle_type(num_particles: int, vector: Representation, *, permutations: b
     :raises ValueError: fewer than two particles, or permutations of more than four.
     :raises TypeError: ``vector`` is not a representation of escnn.
     """
-    _check_particles(num_particles)
-    if not isinstance(vector, Representation):
-        raise TypeError(
-            f"vector: expected an escnn representation such as group.o2_group().irrep(1, 1), found "
-            f"{type(vector).__name__}"
-        )
-    if not permutations:
+    num_particles = check_integer("num_particles", num_particles, 2)
+    expected = "an escnn representation such as group.o2_group().irrep(1, 1)"
+    check_instance("vector", vector, Representation, expected)
+    if not check_flag("permutations", permutations):
         return FieldType(gspaces.no_base_space(vector.group), (num_particles - 1) * [vector])
     standard = _standard(num_particles)
     product = egroup.direct_product(standard.group, vector.group)
@@ -199,6 +196,7 @@ def particle_permutation(num_particles: int, element: GroupElement) -> Tensor:
     :raises ValueError: an element of another group, or more than four particles.
     """
     standard = _standard(num_particles)
+    check_instance("element", element, GroupElement, "an element of an escnn group")
     first = getattr(element.group, "G1", element.group)
     if first != standard.group:
         raise ValueError(f"element: expected one of {standard.group} or of its direct products, found {element.group}")
@@ -208,19 +206,10 @@ def particle_permutation(num_particles: int, element: GroupElement) -> Tensor:
     return torch.as_tensor((basis @ standard(element) @ basis.T).argmax(0))
 
 
-def _check_particles(num_particles: int) -> None:
-    if not isinstance(num_particles, int) or num_particles < 2:
-        raise ValueError(f"num_particles: expected an integer of two at least, found {num_particles!r}")
-
-
 def _symmetric_group(num_particles: int) -> IrreducibleRepresentation:
     """The irrep by which :math:`S_N` acts on a regular simplex."""
-    _check_particles(num_particles)
-    if num_particles > 4:
-        raise ValueError(
-            f"num_particles: expected two to four with permutations, found {num_particles}: escnn has no symmetric "
-            "group of more than four letters; leave permutations out"
-        )
+    remedy = "escnn has no symmetric group of more letters; leave permutations out"
+    check_integer("num_particles", num_particles, 2, 4, remedy=remedy)
     if num_particles == 2:
         return egroup.cyclic_group(2).irrep(1)
     if num_particles == 3:

@@ -15,9 +15,11 @@ import torch
 from escnn.group import GroupElement
 from escnn.nn import FieldType
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
-from pyro_equiflow.ops.events import act, event_dim, grid_elements
+from pyro_equiflow.ops.arguments import check_instance, check_number
+from pyro_equiflow.ops.events import act, check_element, check_event, event_dim, grid_elements
+from pyro_equiflow.ops.representations import validate_field_type
 
 __all__ = [
     "TOLERANCES",
@@ -49,12 +51,25 @@ TOLERANCES: dict[tuple[str, torch.dtype], float] = {
 def _field_type(thing: Any, field_type: FieldType | None) -> FieldType:
     found = field_type if field_type is not None else getattr(thing, "field_type", None)
     if found is None:
-        raise ValueError(f"field_type: expected one for {type(thing).__name__}, which does not carry its own")
+        raise ValueError(
+            f"field_type: expected one for {type(thing).__name__}, which does not carry its own, found None"
+        )
+    validate_field_type(found)
     return found
 
 
 def _elements(field_type: FieldType, elements: Iterable[GroupElement] | None) -> list[GroupElement]:
-    return grid_elements(field_type) if elements is None else list(elements)
+    if elements is None:
+        return grid_elements(field_type)
+    found = list(check_instance("elements", elements, Iterable, "group elements or None"))
+    for element in found:
+        check_element(field_type, element, "elements")
+    return found
+
+
+def _check_tolerance(tolerance: float | None) -> None:
+    if tolerance is not None:
+        check_number("tolerance", tolerance, "(0, inf)", also="None")
 
 
 def _relative(difference: Tensor, reference: Tensor, dimensions: int) -> float:
@@ -96,8 +111,11 @@ def equivariance_errors(
     :param out_type: how it acts on the image; default the function's own, else as on ``x``.
     :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
     """
+    check_instance("function", function, Callable, "a transform or a function of events")
     in_type = _field_type(function, field_type)
-    image_type = out_type or getattr(function, "out_type", in_type)
+    check_event(x, in_type, "x")
+    image_type = out_type if out_type is not None else getattr(function, "out_type", in_type)
+    validate_field_type(image_type, "out_type")
     image, errors = function(x), []
     for g in _elements(in_type, elements):
         expected = act(image_type, g, image)
@@ -140,6 +158,7 @@ def equivariance_error(
 def _worst_invariance(
     log_prob: Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
 ) -> tuple[float, GroupElement | None]:
+    check_event(x, field_type, "x")
     reference = log_prob(x)
     return _worst(
         [(g, float((log_prob(act(field_type, g, x)) - reference).abs().max())) for g in _elements(field_type, elements)]
@@ -147,7 +166,9 @@ def _worst_invariance(
 
 
 def _log_prob(thing: Distribution | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return thing.log_prob if isinstance(thing, Distribution) else thing
+    if isinstance(thing, Distribution):
+        return thing.log_prob
+    return check_instance("distribution", thing, Callable, "a distribution or a function that gives a log-density")
 
 
 def invariance_error(
@@ -196,12 +217,24 @@ def inverse_error(transform: Any, x: Tensor) -> float:
     :param transform: any ``torch.distributions.Transform``.
     :param x: events ``(*batch, C, *spatial)``.
     """
-    dimensions = transform.domain.event_dim
+    dimensions = _events_of(transform, x)
     # Copies: a transform's cache would answer with the very tensor that it was given.
     there = transform.inv(transform(x).clone())
     y = _in_codomain(transform, x)
     back = transform(transform.inv(y.clone()).clone())
     return max(_relative(there - x, x, dimensions), _relative(back - y, y, dimensions))
+
+
+def _events_of(transform: Any, x: Tensor) -> int:
+    """The dimensions of an event, once the transform is one and ``x`` holds events."""
+    check_instance("transform", transform, Transform, "a torch.distributions.Transform")
+    dimensions = transform.domain.event_dim
+    check_instance("x", x, Tensor, "a torch.Tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, found {x.dtype}; convert it with .to()")
+    if x.dim() < dimensions:
+        raise ValueError(f"x: expected {dimensions} dimensions of an event at least, found shape {tuple(x.shape)}")
+    return dimensions
 
 
 def _in_codomain(transform: Any, x: Tensor) -> Tensor:
@@ -228,7 +261,7 @@ def log_det_error(transform: Any, x: Tensor) -> float:
     :param transform: any ``torch.distributions.Transform``.
     :param x: events ``(*batch, C, *spatial)``; small ones, the Jacobian is dense.
     """
-    dimensions = transform.domain.event_dim
+    dimensions = _events_of(transform, x)
     flat = x.detach().reshape(-1, *x.shape[x.dim() - dimensions :])
     size = flat[0].numel()
     worst = 0.0
@@ -291,6 +324,7 @@ def assert_equivariant(
     :param tolerance: the largest error that passes; by default :data:`TOLERANCES`' for the dtype.
     :raises AssertionError: an error above it, with the group element where it is largest.
     """
+    _check_tolerance(tolerance)
     in_type = _field_type(function, field_type)
     error, where = _worst(equivariance_errors(function, x, in_type, out_type=out_type, elements=elements))
     _require("equivariance", error, _tolerance("equivariance", x.dtype, tolerance, in_type), where)
@@ -325,6 +359,7 @@ def assert_invariant(
     :param tolerance: the largest change that passes, in nats.
     :raises AssertionError: a change above it, with the group element where it is largest.
     """
+    _check_tolerance(tolerance)
     found_type = _field_type(distribution, field_type)
     log_prob = _log_prob(distribution)
     error, where = _worst_invariance(log_prob, x, found_type, elements)
@@ -353,6 +388,7 @@ def assert_inverse(transform: Any, x: Tensor, *, tolerance: float | None = None)
     :param tolerance: the largest error that passes; by default :data:`TOLERANCES`' for the dtype.
     :raises AssertionError: an error above it.
     """
+    _check_tolerance(tolerance)
     _require("inverse", inverse_error(transform, x), _tolerance("inverse", x.dtype, tolerance))
 
 
@@ -374,4 +410,5 @@ def assert_log_det(transform: Any, x: Tensor, *, tolerance: float | None = None)
     :param tolerance: the largest error that passes; by default :data:`TOLERANCES`' for the dtype.
     :raises AssertionError: an error above it.
     """
+    _check_tolerance(tolerance)
     _require("log-det", log_det_error(transform, x), _tolerance("log_det", x.dtype, tolerance))

@@ -90,10 +90,10 @@ def test_augmented_type():
 
 
 @pytest.mark.parametrize("auxiliary, error, message", [
-    (0, ValueError, "auxiliary: expected a positive number of invariant fields, found 0"),
-    (True, TypeError, "auxiliary: expected an escnn.nn.FieldType, found bool"),
-    (1.0, TypeError, "auxiliary: expected an escnn.nn.FieldType, found float"),
-    (SPACE, ValueError, r"auxiliary: expected fields over the event's SO\(2\).* found SO\(3\)"),
+    (0, ValueError, "auxiliary: expected a positive integer or an escnn.nn.FieldType, found 0"),
+    (True, TypeError, "auxiliary: expected a positive integer or an escnn.nn.FieldType, found True"),
+    (1.0, TypeError, "auxiliary: expected a positive integer or an escnn.nn.FieldType, found 1.0"),
+    (SPACE, ValueError, r"auxiliary: expected a type over SO\(2\).* found one over SO\(3\)"),
 ])  # fmt: skip
 def test_wrong_auxiliary_fields(auxiliary, error, message):
     with pytest.raises(error, match=message):

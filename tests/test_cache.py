@@ -239,7 +239,7 @@ def test_with_cache_shares_parameters():
     assert bare._entry is None
     cached = bare.inv.with_cache(1)
     assert isinstance(cached, pe.Inverse) and cached.inv._cache_size == 1
-    with pytest.raises(ValueError, match="cache_size: expected 0 or 1, found 2"):
+    with pytest.raises(ValueError, match="cache_size: expected an integer from 0 to 1, found 2"):
         transform.with_cache(2)
 
 

@@ -159,7 +159,7 @@ def test_normal_survives_pickle():
 @pytest.mark.parametrize("arguments, message", [
     ({"scale": torch.ones(4)}, r"scale: expected shape \(\*batch, 5\), found \(4,\)"),
     ({"loc": torch.zeros(3)}, r"loc: expected shape \(\*batch, 1\), found \(3,\)"),
-    ({"spatial_shape": (3,)}, r"spatial_shape: expected 0 side lengths .* found \(3,\)"),
+    ({"spatial_shape": (3,)}, r"spatial_shape: expected 0 side lengths, found \(3,\)"),
     ({"scale": torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0])}, "scale"),
 ])  # fmt: skip
 def test_normal_refuses(arguments, message):

@@ -88,7 +88,6 @@ def test_weights_of_a_flow():
 
 @pytest.mark.parametrize("options, message", [
     ({"num_samples": 0}, "num_samples: expected a positive integer, found 0"),
-    ({"batch_size": 1.5}, "batch_size: expected a positive integer, found 1.5"),
     ({"distribution": dist.Normal(torch.zeros(2), 1.0)}, r"distribution: expected batch shape \(\), found \(2,\)"),
     ({"log_density": lambda x: x.sum()}, r"log_density: expected shape \(1000,\), found \(\)"),
 ])  # fmt: skip

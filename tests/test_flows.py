@@ -116,9 +116,8 @@ def test_data_init_set_once_for_the_stack():
 
 @pytest.mark.parametrize("kwargs, message", [
     ({"latent_dim": 9}, "latent_dim: expected the size 8 .* found 9; .* invariant ones as trivial fields"),
-    ({"kind": "spline"}, r"kind: expected one of \['coupling'.*found 'spline'"),
+    ({"kind": "spline"}, "kind: expected one of .coupling.*found 'spline'"),
     ({"num_transforms": 0}, "num_transforms: expected a positive integer, found 0"),
-    ({"num_transforms": 2.0}, "num_transforms: expected a positive integer, found 2.0"),
     ({"hidden_dims": (0,)}, r"hidden_dims: expected positive integers, found \(0,\)"),
     ({"split_by": "pixels"}, "split_by: expected .*fields.*irreps.* found 'pixels'"),
 ])  # fmt: skip
@@ -128,7 +127,7 @@ def test_refusals(kwargs, message):
 
 
 def test_unknown_keywords():
-    with pytest.raises(TypeError, match="kernel_sise"):
+    with pytest.raises(TypeError, match="equivariant_flow: expected keywords among .*kernel_size.* found kernel_sise"):
         pe.equivariant_flow(field_type("O2"), kernel_sise=3)
 
 

@@ -158,8 +158,8 @@ def test_types_survive_copies(permutations):
 
 
 @pytest.mark.parametrize("call, error, message", [
-    (lambda: pe.particle_type(5, O2.irrep(1, 1), permutations=True), ValueError, "expected two to four .* found 5"),
-    (lambda: pe.particle_type(1, O2.irrep(1, 1)), ValueError, "num_particles: expected an integer of two at least"),
+    (lambda: pe.particle_type(5, O2.irrep(1, 1), permutations=True), ValueError, "from 2 to 4, found 5; .* letters"),
+    (lambda: pe.particle_type(1, O2.irrep(1, 1)), ValueError, "num_particles: expected .* at least 2, found 1"),
     (lambda: pe.particle_type(3, O2), TypeError, "vector: expected an escnn representation .* found O2"),
     (lambda: pe.MeanFreePositions(3, 0), ValueError, "dim: expected a positive integer, found 0"),
     (lambda: pe.MeanFreePositions(3, 2)(torch.zeros(5)), ValueError, r"coordinates of shape \(\*batch, 4\), found"),

@@ -322,11 +322,9 @@ def test_a_knot_that_does_not_follow_its_channel_is_caught():
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 @pytest.mark.parametrize("arguments, message", [
-    ({"transformer": "cubic"}, r"transformer: expected one of \['affine', 'commutant', 'spline'\], found 'cubic'"),
-    ({"transformer": None}, "transformer: expected one of .* found None"),
+    ({"transformer": "cubic"}, 'transformer: expected one of "affine", "commutant", "spline", found .cubic.'),
     ({"num_bins": 1}, "num_bins: expected an integer from 2 to 50, found 1"),
     ({"num_bins": 51}, "num_bins: expected an integer from 2 to 50, found 51"),
-    ({"num_bins": 4.0}, "num_bins: expected an integer from 2 to 50, found 4.0"),
     ({"spline_bound": 0.0}, "spline_bound: expected a positive finite number, found 0.0"),
     ({"spline_bound": float("inf")}, "spline_bound: expected a positive finite number, found inf"),
 ])  # fmt: skip

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, expand
 from pyro_equiflow.nn.kernels import cast_buffers
+from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.events import event_dim, flatten_batch
+from pyro_equiflow.ops.representations import validate_field_type
 
 __all__ = ["Conditioner"]
 
@@ -48,11 +50,10 @@ class Conditioner(torch.nn.Module):
 
     def __init__(self, network: enn.EquivariantModule, in_type: enn.FieldType, out_type: enn.FieldType) -> None:
         super().__init__()
-        if not isinstance(network, enn.EquivariantModule):
-            raise TypeError(
-                f"conditioner: expected an escnn.nn.EquivariantModule, found {type(network).__name__}; build one "
-                "with pyro_equiflow.nn.steerable_net(in_type, out_type)"
-            )
+        remedy = "build one with pyro_equiflow.nn.steerable_net(in_type, out_type)"
+        check_instance("conditioner", network, enn.EquivariantModule, "an escnn.nn.EquivariantModule", remedy=remedy)
+        for name, field_type in (("in_type", in_type), ("out_type", out_type)):
+            validate_field_type(field_type, name)
         for name, expected in (("in_type", in_type), ("out_type", out_type)):
             found = getattr(network, name)
             if found != expected:

@@ -15,6 +15,8 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.periodic import pad_periodic
+from pyro_equiflow.ops.arguments import check_instance
+from pyro_equiflow.ops.representations import validate_field_type, validate_over
 
 __all__ = ["Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
 
@@ -125,7 +127,9 @@ def expand(module: enn.EquivariantModule) -> Expanded:
 
     :param module: an escnn ``EquivariantModule``.
     :return: :class:`Expanded`, a pair ``(fn, tensors)``.
+    :raises TypeError: not an ``EquivariantModule``.
     """
+    check_instance("module", module, enn.EquivariantModule, "an escnn.nn.EquivariantModule")
     return _as_it_is(module)
 
 
@@ -160,6 +164,8 @@ class SteerableModule(enn.EquivariantModule):
 
     def __init__(self, in_type: enn.FieldType, out_type: enn.FieldType) -> None:
         super().__init__()
+        validate_field_type(in_type, "in_type")
+        validate_over(in_type.gspace, out_type, "out_type")
         self.in_type = in_type
         self.out_type = out_type
 

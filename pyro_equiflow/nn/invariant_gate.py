@@ -18,6 +18,8 @@ from pyro_equiflow.nn.gather import Gather
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
 from pyro_equiflow.nn.products import IrrepMixture
+from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
+from pyro_equiflow.ops.representations import validate_field_type
 
 __all__ = ["InvariantGate", "InvariantGateNet", "hidden_widths"]
 
@@ -72,12 +74,13 @@ class InvariantGateNet(SteerableModule):
         tensor_products: bool = True,
     ) -> None:
         for name, field_type in (("in_type", in_type), ("out_type", out_type)):
+            validate_field_type(field_type, name)
             if not IrrepParts.fit(field_type):
                 raise ValueError(f"{name}: expected irreps with no base space, found {field_type}")
         super().__init__(in_type, out_type)
         self.function = function
-        self.hidden_dims = tuple(hidden_dims)
-        self.tensor_products = tensor_products
+        self.hidden_dims = check_integers("hidden_dims", hidden_dims, 1)
+        self.tensor_products = check_flag("tensor_products", tensor_products)
         self._build()
         # One tensor of weights and one of biases: an optimizer's cost goes by the number of tensors.
         self.weight = torch.nn.Parameter(torch.zeros(sum(self._gate.sizes), dtype=torch.float32))
@@ -153,8 +156,7 @@ class InvariantGate:
         *,
         shortened: bool = False,
     ) -> None:
-        if function not in FUNCTIONS:
-            raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
+        check_choice("function", function, FUNCTIONS)
         self._inputs, self._outputs, self._mixture, self._function = inputs, outputs, mixture, FUNCTIONS[function]
         self._shortened = shortened
         counts = {irrep.id: count for irrep, count in zip(outputs.irreps, outputs.counts)}

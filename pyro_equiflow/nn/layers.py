@@ -17,10 +17,17 @@ from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
 from pyro_equiflow.nn.expansion_plan import ExpansionPlan
 from pyro_equiflow.nn.kernels import kernel_basis
 from pyro_equiflow.nn.periodic import pad_periodic
+from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.representations import intertwiner_basis, invariant_basis, is_permutation
+from pyro_equiflow.ops.representations import (
+    intertwiner_basis,
+    invariant_basis,
+    is_permutation,
+    validate_field_type,
+    validate_over,
+)
 
-__all__ = ["SteerableConv", "SteerableLinear", "steerable_layer"]
+__all__ = ["SteerableConv", "SteerableLinear", "check_kernel", "steerable_layer"]
 
 
 class _BasisLayer(SteerableModule):
@@ -38,6 +45,7 @@ class _BasisLayer(SteerableModule):
     def __init__(
         self, in_type: enn.FieldType, out_type: enn.FieldType, bias: bool, mask: np.ndarray | None = None
     ) -> None:
+        bias = check_flag("bias", bias)
         super().__init__(in_type, out_type)
         self.mask = mask if mask is None else _checked_mask(mask, in_type, out_type)
         invariants = self._build()
@@ -76,6 +84,7 @@ class _BasisLayer(SteerableModule):
     @torch.no_grad()
     def reset_parameters(self, gain: float = 1.0) -> None:
         """He's initialisation on the filter: channels of unit variance keep ``gain`` squared of it; bias 0."""
+        gain = check_number("gain", gain, "[0, inf)")
         self.weight.normal_().mul_(torch.as_tensor(gain * self.plan.init_std, dtype=self.weight.dtype))
         if self.bias is not None:
             self.bias.zero_()
@@ -208,11 +217,7 @@ class SteerableConv(_BasisLayer):
         mask: np.ndarray | None = None,
     ) -> None:
         _check_types(in_type, out_type, dimensions=(2, 3))
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: expected an odd positive integer, found {kernel_size!r}")
-        if padding_mode not in ("zeros", "circular"):
-            raise ValueError(f'padding_mode: expected "zeros" or "circular", found {padding_mode!r}')
-        self.kernel_size = kernel_size
+        self.kernel_size = check_kernel(kernel_size, padding_mode)
         self.padding_mode = padding_mode
         super().__init__(in_type, out_type, bias, mask)
 
@@ -257,8 +262,18 @@ def steerable_layer(
     return SteerableConv(in_type, out_type, kernel_size, padding_mode=padding_mode, mask=mask)
 
 
+def check_kernel(kernel_size: int, padding_mode: str) -> int:
+    """The size of a kernel; raises unless it is odd and positive and the padding mode one that there is."""
+    check_choice("padding_mode", padding_mode, ("zeros", "circular"))
+    size = check_integer("kernel_size", kernel_size)
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"kernel_size: expected an odd positive integer, found {size}")
+    return size
+
+
 def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:
-    mask, shape = np.asarray(mask), (len(out_type.representations), len(in_type.representations))
+    check_instance("mask", mask, np.ndarray, "an array of booleans or None")
+    shape = (len(out_type.representations), len(in_type.representations))
     if mask.shape != shape or mask.dtype != bool:
         raise ValueError(
             f"mask: expected booleans of shape (fields out, fields in) = {shape}, found {mask.dtype} of {mask.shape}"
@@ -267,11 +282,11 @@ def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldT
 
 
 def _check_types(in_type: enn.FieldType, out_type: enn.FieldType, dimensions: tuple[int, ...]) -> None:
-    if in_type.gspace != out_type.gspace:
-        raise ValueError(f"expected types over one gspace, found {in_type.gspace} and {out_type.gspace}")
+    validate_field_type(in_type, "in_type")
+    validate_over(in_type.gspace, out_type, "out_type")
     found = int(in_type.gspace.dimensionality)
     if found not in dimensions:
         raise ValueError(
-            f"expected a base space of dimension {' or '.join(map(str, dimensions))}, found {found}: take "
+            f"in_type: expected a base space of dimension {' or '.join(map(str, dimensions))}, found {found}: take "
             "SteerableLinear for no base space, SteerableConv for a grid"
         )

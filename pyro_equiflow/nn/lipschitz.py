@@ -116,7 +116,7 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
     :param weight: its expanded weight, or some of that weight's input channels.
     :param spatial_shape: the grid; ``None`` for every grid.
     """
-    raise TypeError(f"expected a linear layer, found {type(module).__name__}")
+    raise TypeError(f"module: expected a linear layer, found {type(module).__name__}")
 
 
 def is_linear(module: enn.EquivariantModule) -> bool:

@@ -15,6 +15,7 @@ from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, chained, expand
 from pyro_equiflow.nn.lipschitz import LINEAR, expanded_linear, is_linear, lipschitz_bound, weight_norm
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
+from pyro_equiflow.ops.arguments import check_number
 
 __all__ = ["LipschitzConditioner", "Normalized"]
 
@@ -67,13 +68,10 @@ class LipschitzConditioner(Conditioner):
     def __init__(
         self, network: enn.EquivariantModule, in_type: enn.FieldType, out_type: enn.FieldType, lipschitz: float
     ) -> None:
-        if not 0 < lipschitz < 1:
-            raise ValueError(
-                f"lipschitz: expected a number inside (0, 1), found {lipschitz!r}: x + F(x) need not be invertible "
-                "otherwise"
-            )
+        remedy = "x + F(x) need not be invertible otherwise"
+        lipschitz = check_number("lipschitz", lipschitz, "(0, 1)", remedy=remedy)
         super().__init__(network, in_type, out_type)
-        self.lipschitz = float(lipschitz)
+        self.lipschitz = lipschitz
         #: Channels of a context, behind the event's.
         self._context = _context_channels(in_type, out_type)
         #: Whether all that the map depends on is among its expanded tensors, so that they can be cast.

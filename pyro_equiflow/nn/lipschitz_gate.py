@@ -11,6 +11,7 @@ from escnn.gspaces import GSpace
 from torch import Tensor
 
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, FieldGates, require_one_lipschitz
+from pyro_equiflow.ops.arguments import check_number
 
 __all__ = ["LipschitzGate"]
 
@@ -76,11 +77,10 @@ class LipschitzGate(FieldGates):
         radius: float = 1.0,
     ) -> None:
         require_one_lipschitz(function)
-        if not (math.isfinite(radius) and radius > 0):
-            raise ValueError(f"radius: expected a positive number, found {radius!r}")
+        radius = check_number("radius", radius, "(0, inf)")
         super().__init__(gspace, scalars, irreps)
         self.function = function
-        self.radius = float(radius)
+        self.radius = radius
 
     @property
     def half_open(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, steerable_la
 from pyro_equiflow.nn.masked_invariant import MaskedInvariantGate, evenly, useful_degrees
 from pyro_equiflow.nn.networks import check_network, gates_by_invariants, hidden_layer
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
+from pyro_equiflow.ops.arguments import check_integers
 
 __all__ = ["MaskedSteerableNet"]
 
@@ -82,7 +82,9 @@ class MaskedSteerableNet(SteerableModule):
         padding_mode: str = "zeros",
         zero_init: bool = False,
     ) -> None:
-        check_network(in_type, out_type, hidden_dims)
+        hidden_dims = check_network(
+            in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init
+        )
         super().__init__(in_type, out_type)
         self.in_degrees = _checked("in_degrees", in_degrees, in_type)
         self.out_degrees = _checked("out_degrees", out_degrees, out_type)
@@ -182,9 +184,9 @@ def _kinds(layer: PointwiseNonLinearity | FieldGates) -> list[Representation]:
 
 
 def _checked(name: str, degrees: Sequence[int], field_type: enn.FieldType) -> list[int]:
-    degrees = list(degrees)
-    if len(degrees) != len(field_type.representations) or not all(isinstance(d, Integral) for d in degrees):
+    found = list(check_integers(name, degrees))
+    if len(found) != len(field_type.representations):
         raise ValueError(
-            f"{name}: expected an integer for each of the {len(field_type.representations)} fields, found {degrees}"
+            f"{name}: expected an integer for each of the {len(field_type.representations)} fields, found {found}"
         )
-    return [int(d) for d in degrees]
+    return found

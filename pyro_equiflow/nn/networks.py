@@ -11,11 +11,18 @@ from escnn.group import IrreducibleRepresentation
 
 from pyro_equiflow.nn.invariant_gate import InvariantGateNet
 from pyro_equiflow.nn.layered import LayeredNet
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, steerable_layer
+from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, check_kernel, steerable_layer
 from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
-from pyro_equiflow.nn.nonlinearities import FieldGates, GatedNonLinearity, PointwiseNonLinearity, require_one_lipschitz
+from pyro_equiflow.nn.nonlinearities import (
+    FUNCTIONS,
+    FieldGates,
+    GatedNonLinearity,
+    PointwiseNonLinearity,
+    require_one_lipschitz,
+)
 from pyro_equiflow.nn.parts import IrrepParts
-from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type
+from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
+from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type, validate_over
 
 __all__ = ["check_network", "gates_by_invariants", "hidden_layer", "lipschitz_net", "steerable_net"]
 
@@ -56,7 +63,9 @@ def steerable_net(
     :param zero_init: whether the last layer starts at zero, so that the transform starts as the identity.
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity.
     """
-    check_network(in_type, out_type, hidden_dims)
+    hidden_dims = check_network(
+        in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init
+    )
     layers = [
         hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
     ]
@@ -110,7 +119,9 @@ def lipschitz_net(
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity, a function that expands
         distances.
     """
-    check_network(in_type, out_type, hidden_dims)
+    hidden_dims = check_network(
+        in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init
+    )
     require_one_lipschitz(function)
     layers = [
         hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=True)
@@ -128,13 +139,28 @@ def lipschitz_net(
     return enn.SequentialModule(*between, linears[-1])
 
 
-def check_network(in_type: enn.FieldType, out_type: enn.FieldType, hidden_dims: Sequence[int]) -> None:
+def check_network(
+    in_type: enn.FieldType,
+    out_type: enn.FieldType,
+    hidden_dims: Sequence[int],
+    nonlinearity: str | None,
+    function: str,
+    kernel_size: int,
+    padding_mode: str,
+    zero_init: bool,
+) -> tuple[int, ...]:
+    """Raises unless all arguments of a builder are sound, those too that the present types have no use for.
+
+    :return: the hidden layers' channels.
+    """
     validate_field_type(in_type, "in_type")
-    validate_field_type(out_type, "out_type")
-    if in_type.gspace != out_type.gspace:
-        raise ValueError(f"expected types over one gspace, found {in_type.gspace} and {out_type.gspace}")
-    if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
-        raise ValueError(f"hidden_dims: expected positive integers, found {tuple(hidden_dims)}")
+    validate_over(in_type.gspace, out_type, "out_type")
+    if nonlinearity is not None:
+        check_choice("nonlinearity", nonlinearity, ("pointwise", "gated"), also="None")
+    check_choice("function", function, FUNCTIONS)
+    check_kernel(kernel_size, padding_mode)
+    check_flag("zero_init", zero_init)
+    return check_integers("hidden_dims", hidden_dims, 1)
 
 
 def gates_by_invariants(
@@ -185,22 +211,22 @@ def hidden_layer(
         elif all(irrep.is_trivial() for t in (in_type, out_type) for irrep, _ in IrrepDecomposition(t).isotypic()):
             representation = gspace.trivial_repr
         else:
-            raise ValueError(f'nonlinearity: expected "gated" for the continuous group {gspace.fibergroup}')
+            raise ValueError(
+                f'nonlinearity: expected "gated" for the continuous group {gspace.fibergroup}, found "pointwise"'
+            )
         if not is_permutation(representation):
             raise ValueError(f"expected a permutation representation, found {representation}")
         count = max(1, -(-width // representation.size))
         return PointwiseNonLinearity(enn.FieldType(gspace, count * [representation]), function)
-    if nonlinearity == "gated":
-        if invariant:
-            raise ValueError('nonlinearity: expected "pointwise" where every field is invariant, found "gated"')
-        share = sum(2 + irrep.size for irrep in irreps)
-        copies = max(1, width // share)
-        scalars = max(copies, width - copies * sum(1 + irrep.size for irrep in irreps))
-        fields = [irrep for irrep in irreps for _ in range(copies)]
-        if lipschitz:
-            return LipschitzGate(gspace, scalars, fields, function)
-        return GatedNonLinearity(gspace, scalars, fields)
-    raise ValueError(f'nonlinearity: expected "pointwise", "gated" or None, found {nonlinearity!r}')
+    if invariant:
+        raise ValueError('nonlinearity: expected "pointwise" where every field is invariant, found "gated"')
+    share = sum(2 + irrep.size for irrep in irreps)
+    copies = max(1, width // share)
+    scalars = max(copies, width - copies * sum(1 + irrep.size for irrep in irreps))
+    fields = [irrep for irrep in irreps for _ in range(copies)]
+    if lipschitz:
+        return LipschitzGate(gspace, scalars, fields, function)
+    return GatedNonLinearity(gspace, scalars, fields)
 
 
 def _moving_irreps(*types: enn.FieldType) -> list[IrreducibleRepresentation]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
 from pyro_equiflow.nn.gated import Gates
 from pyro_equiflow.nn.silu import silu, silu_slope
+from pyro_equiflow.ops.arguments import check_choice, check_instance, check_integer
 from pyro_equiflow.ops.events import split
-from pyro_equiflow.ops.representations import is_permutation
+from pyro_equiflow.ops.representations import is_permutation, validate_field_type
 
 __all__ = ["FUNCTIONS", "FieldGates", "GatedNonLinearity", "PointwiseNonLinearity", "require_one_lipschitz"]
 
@@ -73,12 +74,8 @@ def require_one_lipschitz(function: str) -> None:
     :raises ValueError: an unknown function, or one that expands distances.
     """
     contracting = sorted(name for name, known in FUNCTIONS.items() if known.lipschitz <= 1)
-    if function not in contracting:
-        found = f"{function!r}, of {FUNCTIONS[function].lipschitz}" if function in FUNCTIONS else repr(function)
-        remedy = '; take "lipswish", which is silu / 1.1' if function == "silu" else ""
-        raise ValueError(
-            f"function: expected one of Lipschitz constant at most 1, of {contracting}, found {found}{remedy}"
-        )
+    remedy = 'only these have a Lipschitz constant of at most 1; "lipswish" is silu / 1.1'
+    check_choice("function", function, contracting, remedy=remedy)
 
 
 class PointwiseNonLinearity(SteerableModule):
@@ -103,14 +100,14 @@ class PointwiseNonLinearity(SteerableModule):
     """
 
     def __init__(self, in_type: enn.FieldType, function: str = "silu") -> None:
+        validate_field_type(in_type, "in_type")
         for representation in set(in_type.representations):
             if not is_permutation(representation):
                 raise ValueError(
-                    f"expected fields that permute their channels, found {representation}: pointwise functions "
-                    "do not commute with it; use GatedNonLinearity"
+                    f"in_type: expected fields that permute their channels, found {representation}: "
+                    "pointwise functions do not commute with it; use GatedNonLinearity"
                 )
-        if function not in FUNCTIONS:
-            raise ValueError(f"function: expected one of {sorted(FUNCTIONS)}, found {function!r}")
+        check_choice("function", function, FUNCTIONS)
         super().__init__(in_type, in_type)
         self.function = function
 
@@ -138,6 +135,13 @@ class FieldGates(SteerableModule):
     """
 
     def __init__(self, gspace: GSpace, scalars: int, irreps: list[IrreducibleRepresentation]) -> None:
+        check_instance("gspace", gspace, GSpace, "an escnn gspace")
+        scalars = check_integer("scalars", scalars, 0)
+        check_instance("irreps", irreps, (list, tuple), "a list of irreps")
+        for irrep in irreps:
+            check_instance("irreps", irrep, IrreducibleRepresentation, "irreps, such as gspace.irrep(1)")
+            if irrep.group != gspace.fibergroup:
+                raise ValueError(f"irreps: expected irreps of {gspace.fibergroup}, found one of {irrep.group}")
         if not irreps:
             raise ValueError("irreps: expected at least one, found none; take PointwiseNonLinearity for scalars alone")
         trivial = gspace.trivial_repr

@@ -13,7 +13,7 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.ops.events import grid_elements, signed_permutation
+from pyro_equiflow.ops.events import check_sides, grid_elements, signed_permutation
 from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["convolution_norm", "frequencies", "spectral_norm"]
@@ -240,8 +240,12 @@ def frequencies(
     :param padding_mode: ``"zeros"`` or ``"circular"``.
     :param spatial_shape: the grid, or ``None`` for a bound that holds on every grid.
     :return: angles ``(F, spatial dimensions)`` and the factor.
+    :raises TypeError: a grid that is no sequence of integers.
+    :raises ValueError: a grid of another number of dimensions.
     """
     dims = int(field_type.gspace.dimensionality)
+    if spatial_shape is not None:
+        check_sides(spatial_shape, dims)
     if half_width == 0:
         return np.zeros((1, dims)), 1.0
     coarse = 2 * half_width + 1

@@ -13,12 +13,17 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance, check_integers
+from pyro_equiflow.ops.representations import validate_field_type
+
 __all__ = [
     "act",
     "cat_channels",
     "channel_matmul",
     "channel_matrix",
+    "check_element",
     "check_event",
+    "check_sides",
     "event_dim",
     "flatten_batch",
     "grid_elements",
@@ -77,6 +82,18 @@ def _check_grid(spatial: torch.Size, field_type: FieldType, owner: str) -> None:
                 f"{owner}: expected a grid that {field_type.gspace} maps to itself, found {tuple(spatial)}; "
                 "use equal side lengths, or a group without 90-degree rotations"
             )
+
+
+def check_sides(spatial_shape: Sequence[int], dimensions: int, name: str = "spatial_shape") -> tuple[int, ...]:
+    """The side lengths of a grid of so many dimensions.
+
+    :raises TypeError: no sequence of integers.
+    :raises ValueError: another number of them, or one that is negative.
+    """
+    sides = check_integers(name, spatial_shape, 0)
+    if len(sides) != dimensions:
+        raise ValueError(f"{name}: expected {dimensions} side lengths, found {sides}")
+    return sides
 
 
 def flatten_batch(x: Tensor, dimensions: int) -> tuple[Tensor, torch.Size]:
@@ -185,6 +202,23 @@ def channel_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
     return torch.block_diag(*blocks).numpy()
 
 
+def _check_acting(field_type: FieldType, element: GroupElement, x: Tensor) -> None:
+    """Raises unless ``element`` is one of the type's group, and ``x`` a tensor of its events."""
+    validate_field_type(field_type)
+    check_element(field_type, element, "element")
+    check_instance("x", x, Tensor, "a torch.Tensor")
+    dimensions = event_dim(field_type)
+    if x.dim() < dimensions or x.shape[-dimensions] != field_type.size:
+        raise ValueError(f"x: expected shape (*batch, {field_type.size}, *spatial), found {tuple(x.shape)}")
+
+
+def check_element(field_type: FieldType, element: GroupElement, name: str) -> None:
+    """Raises unless ``element`` is one of the type's group."""
+    check_instance(name, element, GroupElement, "an element of field_type.fibergroup")
+    if element.group != field_type.fibergroup:
+        raise ValueError(f"{name}: expected an element of {field_type.fibergroup}, found one of {element.group}")
+
+
 def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     r"""The group's action :math:`(g \cdot x)(p) = \rho(g)\, x(g^{-1} p)` on events, in the dtype of ``x``.
 
@@ -202,11 +236,13 @@ def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     :param field_type: how the group acts.
     :param element: an element of ``field_type.fibergroup`` that permutes the grid, if there is one.
     :param x: shape ``(*batch, C, *spatial)``.
-    :raises ValueError: ``element`` does not permute the grid: interpolation would hide errors.
+    :raises TypeError: an argument of another kind.
+    :raises ValueError: ``element`` does not permute the grid: interpolation would hide errors; or another group's.
     """
+    _check_acting(field_type, element, x)
     spatial_dims = event_dim(field_type) - 1
     if not on_grid(field_type, element):
-        raise ValueError(f"expected an element that permutes the grid, found {element}")
+        raise ValueError(f"element: expected an element that permutes the grid, found {element}")
     matrix = torch.as_tensor(channel_matrix(field_type, element), dtype=x.dtype, device=x.device)
     if spatial_dims:
         axes, signs = signed_permutation(field_type, element)

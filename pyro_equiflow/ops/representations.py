@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from escnn.group import DirectProductGroup, Group, GroupElement, IrreducibleRepresentation, Representation
+from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "is_permutation",
     "probe_elements",
     "validate_field_type",
+    "validate_over",
 ]
 
 _TOLERANCE = 1e-9
@@ -87,6 +89,17 @@ def validate_field_type(field_type: FieldType, argument: str = "field_type") -> 
                 f"{argument}: expected orthogonal representations, found {representation} whose matrices "
                 f"differ from orthogonal ones by {error:.1e}; use an orthogonal change of basis"
             )
+
+
+def validate_over(gspace: GSpace, field_type: FieldType, argument: str) -> None:
+    """Raises unless ``field_type`` is one of :func:`validate_field_type`'s, over ``gspace``.
+
+    :raises TypeError: not a field type.
+    :raises ValueError: over another gspace, or not orthogonal.
+    """
+    validate_field_type(field_type, argument)
+    if field_type.gspace != gspace:
+        raise ValueError(f"{argument}: expected a type over {gspace}, found one over {field_type.gspace}")
 
 
 @functools.lru_cache(maxsize=4096)

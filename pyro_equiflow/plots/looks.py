@@ -12,6 +12,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance, found
+
 __all__ = ["Series", "array", "new_axes", "with_looks"]
 
 # Those of Okabe and Ito, *Color Universal Design* (2008), ordered so that neighbours differ in lightness.
@@ -30,8 +32,14 @@ class Series(NamedTuple):
     marker: str
 
 
-def with_looks(values: Any) -> list[Series]:
-    """One series, or the labelled ones of a mapping, each with its look."""
+def with_looks(name: str, values: Any) -> list[Series]:
+    """One series, or the labelled ones of a mapping, each with its look.
+
+    :param name: the argument's.
+    :raises ValueError: an empty mapping.
+    """
+    if isinstance(values, Mapping) and not values:
+        raise ValueError(f"{name}: expected one labelled series at least, found an empty mapping")
     items = values.items() if isinstance(values, Mapping) else [(None, values)]
     return [
         Series(
@@ -47,11 +55,20 @@ def with_looks(values: Any) -> list[Series]:
 
 def new_axes(ax: Axes | None) -> Axes:
     """The axes given, or those of a new figure."""
-    return plt.subplots(layout="constrained")[1] if ax is None else ax
+    if ax is None:
+        return plt.subplots(layout="constrained")[1]
+    return check_instance("ax", ax, Axes, "matplotlib axes or None")
 
 
-def array(values: Any) -> np.ndarray:
-    """Tensors, arrays, and sequences of numbers or of tensors as float64 numpy."""
-    if isinstance(values, Sequence) and any(isinstance(value, Tensor) for value in values):
-        return np.stack([array(value) for value in values])
-    return torch.as_tensor(values).detach().cpu().double().numpy()
+def array(name: str, values: Any) -> np.ndarray:
+    """Tensors, arrays, and sequences of numbers or of tensors as float64 numpy.
+
+    :param name: the argument's.
+    :raises TypeError: nothing of the kind.
+    """
+    try:
+        if isinstance(values, Sequence) and any(isinstance(value, Tensor) for value in values):
+            return np.stack([array(name, value) for value in values])
+        return torch.as_tensor(values).detach().cpu().double().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected an array of numbers, found {found(values)}") from error

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_equiflow.ops.arguments import check_instance, check_integer, found
 from pyro_equiflow.ops.events import act, check_event, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.plots.looks import array, new_axes, with_looks
@@ -37,7 +38,7 @@ def _orbit(field_type: FieldType | None, point: Any) -> Tensor | None:
         raise ValueError(
             f"field_type: expected one of size 2 without a base space, found {field_type}; draw a plane of the events"
         )
-    point = torch.as_tensor(point).detach().cpu().double()
+    point = torch.as_tensor(array("point", point))
     check_event(point, field_type, "point")
     if point.dim() > 1:
         raise ValueError(f"point: expected shape (2,), found {tuple(point.shape)}")
@@ -66,11 +67,11 @@ def _draw_orbit(ax: Axes, field_type: FieldType | None, orbit: Tensor | None) ->
 def _square(limits: Sequence[Any]) -> tuple[tuple[float, float], tuple[float, float]]:
     try:
         pairs = np.broadcast_to(np.asarray(limits, dtype=float), (2, 2))
-    except ValueError:
+    except (TypeError, ValueError):
         pairs = np.full((2, 2), math.nan)
     if np.shape(limits)[-1:] != (2,) or not (np.isfinite(pairs).all() and (pairs[:, 0] < pairs[:, 1]).all()):
         raise ValueError(
-            f"limits: expected (low, high), or ((left, right), (bottom, top)), finite and rising, found {limits!r}"
+            f"limits: expected (low, high), or ((left, right), (bottom, top)), finite and rising, found {found(limits)}"
         )
     (left, right), (bottom, top) = pairs.tolist()
     return (left, right), (bottom, top)
@@ -114,13 +115,13 @@ def plot_density(
     """
     orbit = _orbit(field_type, point)
     horizontal, vertical = _square(limits)
-    if not isinstance(resolution, int) or resolution < 2:
-        raise ValueError(f"resolution: expected an integer of at least 2, found {resolution!r}")
+    resolution = check_integer("resolution", resolution, 2)
     dtype = point.dtype if isinstance(point, Tensor) else torch.get_default_dtype()
     x = torch.linspace(*horizontal, resolution, dtype=dtype)
     y = torch.linspace(*vertical, resolution, dtype=dtype)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
     score: Any = getattr(log_prob, "log_prob", log_prob)
+    check_instance("log_prob", score, Callable, "a distribution or a function that gives log-densities")
     values = torch.cat([torch.as_tensor(score(rows)) for rows in grid.split(_ROWS)])
     if values.shape != (len(grid),):
         raise ValueError(f"log_prob: expected shape (n,) for points (n, 2), found {tuple(values.shape)}")
@@ -156,8 +157,8 @@ def plot_samples(
     :raises ValueError: draws of another shape, a point without a field type or the reverse.
     """
     orbit = _orbit(field_type, point)
-    sets = with_looks(samples)
-    points = [array(one.value) for one in sets]
+    sets = with_looks("samples", samples)
+    points = [array("samples", one.value) for one in sets]
     for values in points:
         if values.shape[-1:] != (2,):
             raise ValueError(f"samples: expected shape (*batch, 2), found {values.shape}; choose two coordinates")

@@ -17,7 +17,8 @@ from matplotlib.figure import FigureBase
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from pyro_equiflow.ops.events import act, check_event, grid_elements
+from pyro_equiflow.ops.arguments import check_instance
+from pyro_equiflow.ops.events import act, check_element, check_event, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.plots.looks import new_axes, with_looks
 from pyro_equiflow.testing import equivariance_errors
@@ -43,7 +44,7 @@ def _name(field_type: FieldType, element: GroupElement) -> str:
 
 
 def _chosen(elements: Iterable[GroupElement] | None) -> list[GroupElement] | None:
-    chosen = None if elements is None else list(elements)
+    chosen = None if elements is None else list(check_instance("elements", elements, Iterable, "group elements"))
     if chosen == []:
         raise ValueError("elements: expected one group element at least, found none; leave it out for all")
     return chosen
@@ -83,7 +84,11 @@ def plot_equivariance_error(
     :raises ValueError: no field type, or errors that are not finite.
     """
     chosen = _chosen(elements)
-    maps = with_looks(function)
+    maps = with_looks("function", function)
+    for one in maps:
+        check_instance(
+            "function", one.value, Callable, "a transform, a function of events, or a mapping of labels to such"
+        )
     found = [equivariance_errors(one.value, x, field_type, out_type=out_type, elements=chosen) for one in maps]
     bad = [g for errors in found for g, error in errors if not math.isfinite(error)]
     if bad:
@@ -170,6 +175,14 @@ def plot_rotations(
             f"{field_type}"
         )
     chosen = _chosen(elements) or grid_elements(field_type)
+    for element in chosen:
+        check_element(field_type, element, "elements")
+    if function is not None:
+        check_instance("function", function, Callable, "a transform, a function of events, or None")
+    if out_type is not None:
+        validate_field_type(out_type, "out_type")
+    if figure is not None:
+        check_instance("figure", figure, FigureBase, "a matplotlib figure or None")
     columns = [act(field_type, g, images) for g in chosen]
     rows = [(field_type, columns)]
     if function is not None:

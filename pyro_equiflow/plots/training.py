@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from pyro_equiflow.ops.arguments import check_instance, check_integer
 from pyro_equiflow.plots.looks import array, new_axes, with_looks
 
 __all__ = ["plot_training"]
@@ -31,10 +32,10 @@ def plot_training(curves: Any, *, smooth: int = 1, ylabel: str = "loss", ax: Axe
     :param ax: where to draw; a new figure by default.
     :raises ValueError: losses of another shape, a window that is not positive or longer than a curve.
     """
-    if not isinstance(smooth, int) or smooth < 1:
-        raise ValueError(f"smooth: expected a positive integer, found {smooth!r}")
-    sets = with_looks(curves)
-    losses = [array(one.value) for one in sets]
+    smooth = check_integer("smooth", smooth, 1)
+    check_instance("ylabel", ylabel, str, "a string")
+    sets = with_looks("curves", curves)
+    losses = [array("curves", one.value) for one in sets]
     for values in losses:
         if values.ndim not in (1, 2) or values.shape[0] == 0 or values.shape[-1] < smooth:
             raise ValueError(

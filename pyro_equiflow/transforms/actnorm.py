@@ -11,6 +11,7 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_flag
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.events import channel_matmul
@@ -75,6 +76,7 @@ class EquivariantActNorm(EquivariantTransform):
 
     def __init__(self, field_type: enn.FieldType, *, data_init: bool = True, cache_size: int = 1) -> None:
         super().__init__(field_type, cache_size=cache_size)
+        data_init = check_flag("data_init", data_init)
         decomposition = IrrepDecomposition(field_type)
         sizes = decomposition.sizes
         basis = decomposition.change_of_basis

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_equiflow.ops.architecture import decode, described, differences, encode
+from pyro_equiflow.ops.arguments import check_integer
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.fingerprint import Fingerprint
-from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.tracing import is_traced
 
@@ -92,7 +93,9 @@ class EquivariantTransform(TransformModule):
 
     def __init__(self, field_type: FieldType, *, out_type: FieldType | None = None, cache_size: int = 1) -> None:
         validate_field_type(field_type)
-        super().__init__(cache_size=cache_size)
+        if out_type is not None:
+            validate_over(field_type.gspace, out_type, "out_type")
+        super().__init__(cache_size=check_integer("cache_size", cache_size, 0, 1))
         self.field_type = field_type
         self.out_type = field_type if out_type is None else out_type
         self._entry: _Entry | None = None
@@ -249,9 +252,7 @@ class EquivariantTransform(TransformModule):
 
     def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
         """This transform with another cache size; parameters are shared."""
-        if cache_size not in (0, 1):
-            raise ValueError(f"cache_size: expected 0 or 1, found {cache_size}")
-        if cache_size == self._cache_size:
+        if check_integer("cache_size", cache_size, 0, 1) == self._cache_size:
             return self
         clone = copy.copy(self)
         clone._cache_size = cache_size

@@ -10,6 +10,7 @@ from escnn.group import Representation
 from escnn.nn import FieldType
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_choice
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation
@@ -97,9 +98,9 @@ def block_layout(field_type: FieldType, split_by: str | None, owner: str) -> Blo
     :param split_by: ``"fields"``, ``"irreps"``, or ``None``: fields if there are two of them, else irreps.
     :raises ValueError: fewer than two blocks, or an unknown ``split_by``.
     """
-    if split_by not in ("fields", "irreps", None):
-        raise ValueError(f'split_by: expected "fields", "irreps" or None, found {split_by!r}')
-    if split_by is None:
+    if split_by is not None:
+        check_choice("split_by", split_by, ("fields", "irreps"), also="None")
+    else:
         split_by = "fields" if len(field_type.representations) > 1 else "irreps"
     decomposition = IrrepDecomposition(field_type)
     if split_by == "irreps":

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 
 __all__ = ["Compose"]
@@ -31,17 +32,15 @@ class Compose(EquivariantTransform):
 
     :param transforms: parts, each of the field type that the one before it gives.
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
+    :raises TypeError: no list, or a part of another kind.
     :raises ValueError: no part, or field types that do not fit.
     """
 
     def __init__(self, transforms: list[EquivariantTransform], *, cache_size: int = 1) -> None:
-        transforms = list(transforms)
+        transforms = list(check_instance("transforms", transforms, Iterable, "a list of EquivariantTransform parts"))
+        remedy = "other transforms compose in a TransformedDistribution's list"
         for part in transforms:
-            if not isinstance(part, EquivariantTransform):
-                raise TypeError(
-                    f"transforms: expected EquivariantTransform parts, found {type(part).__name__}; other transforms "
-                    "compose in a TransformedDistribution's list"
-                )
+            check_instance("transforms", part, EquivariantTransform, "EquivariantTransform parts", remedy=remedy)
         if not transforms:
             raise ValueError("transforms: expected at least one part, found none")
         for before, part in zip(transforms, transforms[1:]):

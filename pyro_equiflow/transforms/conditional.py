@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, NoReturn
 
 import torch
 from escnn import nn as enn
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.events import check_event, event_dim
-from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.representations import validate_over
 from pyro_equiflow.transforms.base import EquivariantTransform, check_finite
 
 __all__ = ["ConditionableTransform", "ConditionalEquivariantTransform", "with_context_fields"]
@@ -25,11 +27,8 @@ def with_context_fields(field_type: enn.FieldType, context_type: enn.FieldType |
     """
     if context_type is None:
         return field_type
-    validate_field_type(context_type, "context_type")
-    gspace = field_type.gspace
-    if context_type.gspace != gspace:
-        raise ValueError(f"context_type: expected a type over {gspace}, found one over {context_type.gspace}")
-    return enn.FieldType(gspace, [*field_type.representations, *context_type.representations])
+    validate_over(field_type.gspace, context_type, "context_type")
+    return enn.FieldType(field_type.gspace, [*field_type.representations, *context_type.representations])
 
 
 class ConditionableTransform(EquivariantTransform):
@@ -113,7 +112,8 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
 
     def __init__(self, transform: ConditionableTransform, context_type: enn.FieldType) -> None:
         super().__init__()
-        validate_field_type(context_type, "context_type")
+        check_instance("transform", transform, ConditionableTransform, "a transform that takes a context")
+        validate_over(transform.field_type.gspace, context_type, "context_type")
         self.transform = transform
         self.context_type = context_type
 
@@ -121,6 +121,17 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
     def field_type(self) -> enn.FieldType:
         """How the group acts on the event."""
         return self.transform.field_type
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: which of the transforms is meant, the context says.
+
+        :raises TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"{name}: expected condition(context) before a call, found a call of the family itself; write "
+            "family.condition(context)(x)"
+        )
 
     def condition(self, context: Tensor) -> EquivariantTransform:
         """The transform given a context; parameters are shared, contexts of two calls do not mix.

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from escnn import nn as enn
@@ -15,6 +14,7 @@ from torch import Tensor
 from pyro_equiflow.logdet import Estimator, LogDet, default_estimator
 from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
+from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
@@ -74,6 +74,7 @@ def lipschitz_nets(
     options: dict[str, Any],
 ) -> list[enn.SequentialModule]:
     """Networks for a factory; takes the keywords of :func:`lipschitz_net` out of ``options``."""
+    identity_init = check_flag("identity_init", identity_init)
     validate_field_type(field_type)
     in_type, out_type = ContractionTransform.conditioner_types(field_type, context_type=context_type)
     names = inspect.signature(lipschitz_net).parameters
@@ -117,12 +118,17 @@ class ContractionTransform(ConditionableTransform):
         cache_size: int = 1,
     ) -> None:
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
-        if tolerance is not None and not 0 < tolerance < math.inf:
-            raise ValueError(f"tolerance: expected a positive finite number or None, found {tolerance!r}")
-        if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
-            raise ValueError(f"max_steps: expected a positive integer or None, found {max_steps!r}")
-        if on_failure not in ("raise", "warn", "ignore"):
-            raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", found {on_failure!r}')
+        if log_det is not None:
+            check_instance("log_det", log_det, Callable, "an estimator such as pyro_equiflow.logdet.Exact()")
+        if solver is not None:
+            check_instance("solver", solver, Solver, "a solver such as pyro_equiflow.solvers.Anderson()")
+        if adjoint is not None:
+            check_instance("adjoint", adjoint, Adjoint, "an adjoint such as pyro_equiflow.solvers.ImplicitAdjoint()")
+        if tolerance is not None:
+            tolerance = check_number("tolerance", tolerance, "(0, inf)", also="None")
+        if max_steps is not None:
+            max_steps = check_integer("max_steps", max_steps, 1, also="None")
+        check_choice("on_failure", on_failure, get_args(OnFailure))
         self.log_det = log_det
         self.solver = solver
         self.adjoint = adjoint
@@ -135,6 +141,7 @@ class ContractionTransform(ConditionableTransform):
         field_type: enn.FieldType, *, context_type: enn.FieldType | None = None
     ) -> tuple[enn.FieldType, enn.FieldType]:
         """The field types between which a conditioner maps: the event's (and the context's), and the event's."""
+        validate_field_type(field_type)
         return with_context_fields(field_type, context_type), field_type
 
     def _conditioner(self, network: enn.EquivariantModule, lipschitz: float) -> LipschitzConditioner:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.nn import steerable_net
 from pyro_equiflow.nn.conditioner import Conditioner
+from pyro_equiflow.ops.arguments import check_flag, check_integers, check_keywords
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
@@ -197,6 +198,7 @@ class _Split:
 
 
 def _checked(split: Sequence[int], count: int) -> list[int]:
+    split = check_integers("split", split, also="None")
     kept = sorted(set(split))
     if len(kept) != len(split) or not 0 < len(kept) < count or kept[0] < 0 or kept[-1] >= count:
         raise ValueError(
@@ -238,6 +240,7 @@ class ConditionalEquivariantCoupling(ConditionalEquivariantTransform):
         conditioner: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
+        check_keywords(ConditionalEquivariantCoupling, kwargs, EquivariantCoupling, without=["context_type"])
         super().__init__(
             EquivariantCoupling(field_type, conditioner, context_type=context_type, **kwargs), context_type
         )
@@ -280,6 +283,8 @@ def equivariant_coupling(
     :param identity_init: whether the transform starts as the identity.
     :param net_kwargs: further keywords of :func:`~pyro_equiflow.nn.steerable_net`.
     """
+    check_keywords(equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
+    check_flag("identity_init", identity_init)
     chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
     types = _Split(field_type, split, split_by, chosen).conditioner_types(None)
     net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
@@ -326,6 +331,9 @@ def conditional_equivariant_coupling(
     :param identity_init: see :func:`equivariant_coupling`.
     :param net_kwargs: see :func:`equivariant_coupling`.
     """
+    check_keywords(conditional_equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
+    check_flag("identity_init", identity_init)
+    validate_field_type(context_type, "context_type")
     chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
     types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
     net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from pyro_equiflow.nn import MaskedSteerableNet
 from pyro_equiflow.nn.conditioner import Conditioner
+from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integers, check_keywords
 from pyro_equiflow.ops.events import cat_channels
-from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.transforms.blocks import block_layout
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
@@ -103,11 +103,10 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
     ) -> None:
         chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
         parts = _Ordered(field_type, order, split_by, chosen)
-        if not isinstance(conditioner, MaskedSteerableNet):
-            raise TypeError(
-                f"conditioner: expected a pyro_equiflow.nn.MaskedSteerableNet, found {type(conditioner).__name__}; an "
-                "autoregressive map needs a network with masks"
-            )
+        remedy = "an autoregressive map needs a network with masks"
+        check_instance(
+            "conditioner", conditioner, MaskedSteerableNet, "a pyro_equiflow.nn.MaskedSteerableNet", remedy=remedy
+        )
         network = Conditioner(conditioner, *parts.conditioner_types(context_type))
         for name, expected in zip(("in_degrees", "out_degrees"), parts.conditioner_degrees(context_type)):
             found = getattr(conditioner, name)
@@ -207,6 +206,8 @@ class _Ordered:
         return in_type, enn.FieldType(gspace, self.map.parameter_fields)
 
     def conditioner_degrees(self, context_type: enn.FieldType | None) -> tuple[list[int], list[int]]:
+        if context_type is not None:
+            validate_over(self.field_type.gspace, context_type, "context_type")
         places = [1 + self.order.index(i) for i in range(len(self.order))]
         fields = [place for place, block in zip(places, self.layout.blocks) for _ in block.fields]
         context = [] if context_type is None else len(context_type.representations) * [0]
@@ -218,10 +219,10 @@ class _Ordered:
 
 
 def _checked(order: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    given = list(range(count) if order is None else order)
-    if not all(isinstance(i, Integral) for i in given) or sorted(given) != list(range(count)):
-        raise ValueError(f"order: expected a permutation of 0 to {count - 1}, found {given}")
-    return tuple(int(i) for i in given)
+    given = check_integers("order", range(count) if order is None else order, also="None")
+    if sorted(given) != list(range(count)):
+        raise ValueError(f"order: expected a permutation of 0 to {count - 1}, found {list(given)}")
+    return given
 
 
 class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
@@ -258,6 +259,7 @@ class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
         conditioner: MaskedSteerableNet,
         **kwargs: Any,
     ) -> None:
+        check_keywords(ConditionalEquivariantIAF, kwargs, EquivariantIAF, without=["context_type"])
         super().__init__(EquivariantIAF(field_type, conditioner, context_type=context_type, **kwargs), context_type)
 
 
@@ -297,6 +299,8 @@ def equivariant_iaf(
     :param identity_init: whether the transform starts as the identity.
     :param net_kwargs: further keywords of :class:`~pyro_equiflow.nn.MaskedSteerableNet`.
     """
+    check_keywords(equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
+    check_flag("identity_init", identity_init)
     chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
     parts = _Ordered(field_type, order, split_by, chosen)
     net = parts.network(None, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
@@ -343,6 +347,9 @@ def conditional_equivariant_iaf(
     :param identity_init: see :func:`equivariant_iaf`.
     :param net_kwargs: see :func:`equivariant_iaf`.
     """
+    check_keywords(conditional_equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
+    check_flag("identity_init", identity_init)
+    validate_field_type(context_type, "context_type")
     chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
     parts = _Ordered(field_type, order, split_by, chosen)
     net = parts.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)

@@ -9,8 +9,13 @@ from typing import Any
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.logdet import Estimator
+from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
-from pyro_equiflow.solvers import Solution
+from pyro_equiflow.ops.arguments import check_keywords
+from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.solvers import Adjoint, Solution, Solver
+from pyro_equiflow.solvers.iteration import OnFailure
 from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
@@ -20,6 +25,10 @@ __all__ = [
     "conditional_equivariant_implicit",
     "equivariant_implicit",
 ]
+
+
+# What the factories say themselves.
+_SET = ("zero_init", "context_type")
 
 
 class EquivariantImplicit(ContractionTransform):
@@ -54,10 +63,14 @@ class EquivariantImplicit(ContractionTransform):
     :param conditioner_x: the network :math:`F`, as for :class:`~pyro_equiflow.EquivariantResidual`.
     :param conditioner_y: the network :math:`H`, likewise.
     :param lipschitz: :math:`c`, inside (0, 1).
-    :param kwargs: the parameters that follow.
-    :param log_det: estimator of the log-dets, as for :class:`~pyro_equiflow.EquivariantResidual`, and so for
-        ``solver``, ``adjoint``, ``tolerance``, ``max_steps``, ``on_failure`` and ``cache_size``.
+    :param log_det: estimator of the log-dets, as for :class:`~pyro_equiflow.EquivariantResidual`.
+    :param solver: likewise.
+    :param adjoint: likewise.
+    :param tolerance: likewise.
+    :param max_steps: likewise.
+    :param on_failure: likewise.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantImplicit`).
+    :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises TypeError: a layer without a Lipschitz rule.
     :raises ValueError: ``lipschitz`` outside (0, 1), a conditioner of wrong types.
 
@@ -71,9 +84,26 @@ class EquivariantImplicit(ContractionTransform):
         conditioner_y: enn.EquivariantModule,
         *,
         lipschitz: float = 0.9,
-        **kwargs: Any,
+        log_det: Estimator | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        tolerance: float | None = None,
+        max_steps: int | None = None,
+        on_failure: OnFailure = "raise",
+        context_type: enn.FieldType | None = None,
+        cache_size: int = 1,
     ) -> None:
-        super().__init__(field_type, **kwargs)
+        super().__init__(
+            field_type,
+            log_det=log_det,
+            solver=solver,
+            adjoint=adjoint,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            on_failure=on_failure,
+            context_type=context_type,
+            cache_size=cache_size,
+        )
         self.conditioner_x = self._conditioner(conditioner_x, lipschitz)
         self.conditioner_y = self._conditioner(conditioner_y, lipschitz)
 
@@ -125,6 +155,7 @@ class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
         conditioner_y: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
+        check_keywords(ConditionalEquivariantImplicit, kwargs, EquivariantImplicit, without=["context_type"])
         transform = EquivariantImplicit(field_type, conditioner_x, conditioner_y, context_type=context_type, **kwargs)
         super().__init__(transform, context_type)
 
@@ -149,6 +180,7 @@ def equivariant_implicit(
     :param identity_init: whether the transform starts as the identity.
     :param kwargs: further keywords of :func:`~pyro_equiflow.nn.lipschitz_net` and of :class:`EquivariantImplicit`.
     """
+    check_keywords(equivariant_implicit, kwargs, lipschitz_net, EquivariantImplicit, without=_SET)
     nets = lipschitz_nets(2, field_type, None, hidden_dims, identity_init, kwargs)
     return EquivariantImplicit(field_type, *nets, **kwargs)
 
@@ -181,5 +213,7 @@ def conditional_equivariant_implicit(
     :param identity_init: see :func:`equivariant_implicit`.
     :param kwargs: see :func:`equivariant_implicit`.
     """
+    check_keywords(conditional_equivariant_implicit, kwargs, lipschitz_net, EquivariantImplicit, without=_SET)
+    validate_field_type(context_type, "context_type")
     nets = lipschitz_nets(2, field_type, context_type, hidden_dims, identity_init, kwargs)
     return ConditionalEquivariantImplicit(field_type, context_type, *nets, **kwargs)

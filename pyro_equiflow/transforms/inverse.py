@@ -8,6 +8,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 
 __all__ = ["Inverse"]
@@ -32,11 +33,11 @@ class Inverse(EquivariantTransform):
         True
 
     :param transform: any :class:`EquivariantTransform`.
+    :raises TypeError: anything else.
     """
 
     def __init__(self, transform: EquivariantTransform) -> None:
-        if not isinstance(transform, EquivariantTransform):
-            raise TypeError(f"transform: expected an EquivariantTransform, found {type(transform).__name__}")
+        check_instance("transform", transform, EquivariantTransform, "an EquivariantTransform")
         super().__init__(transform.out_type, out_type=transform.field_type, cache_size=0)
         self.transform = transform
         if transform._inverse_ref is None or transform._inverse_ref() is None:

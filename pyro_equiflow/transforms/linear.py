@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_equiflow.nn.gather import Gather
 from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
+from pyro_equiflow.ops.arguments import check_flag, check_number
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.representations import IrrepDecomposition
@@ -81,7 +82,7 @@ class EquivariantLinear(EquivariantTransform):
 
     def reset_parameters(self, std: float = 0.0) -> None:
         """Draws the weights of :math:`A` with a standard deviation; 0 is the identity map."""
-        torch.nn.init.normal_(self.weight, std=std)
+        torch.nn.init.normal_(self.weight, std=check_number("std", std, "[0, inf)"))
 
     def _exponentials(self, weight: Tensor) -> Tensor:
         """The entries of the exponentials of all irreps' matrices: of one matrix that holds all, or one by one."""
@@ -166,6 +167,7 @@ def equivariant_linear(field_type: enn.FieldType, *, identity_init: bool = True)
     :param field_type: how the group acts on the event.
     :param identity_init: whether it starts as the identity; else :math:`A` starts small and random.
     """
+    identity_init = check_flag("identity_init", identity_init)
     transform = EquivariantLinear(field_type)
     if not identity_init:
         transform.reset_parameters(std=0.1)

@@ -11,6 +11,7 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance, check_integers
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 from pyro_equiflow.transforms.compose import Compose
@@ -75,7 +76,7 @@ class MultiScale(Compose):
         squeeze = EquivariantSqueeze(field_type, haar=haar)
         _check_part("transform", transform, squeeze.out_type)
         if deeper is None and kept is not None:
-            raise ValueError(f"kept: expected None where no transform goes deeper, found {list(kept)}")
+            raise ValueError(f"kept: expected None where no transform goes deeper, found {kept!r}")
         parts = [squeeze, transform]
         if deeper is not None:
             parts.append(_OnFields(squeeze.out_type, _kept(squeeze.out_type, kept), deeper))
@@ -138,8 +139,7 @@ class _OnFields(EquivariantTransform):
 
 
 def _check_part(name: str, part: EquivariantTransform, field_type: enn.FieldType) -> None:
-    if not isinstance(part, EquivariantTransform):
-        raise TypeError(f"{name}: expected an EquivariantTransform, found {type(part).__name__}")
+    check_instance(name, part, EquivariantTransform, "an EquivariantTransform")
     for found in (part.field_type, part.out_type):
         if found != field_type:
             raise ValueError(
@@ -160,6 +160,7 @@ def _kept(field_type: enn.FieldType, chosen: Sequence[int] | None) -> list[int]:
             "another goes on; take haar=True, whose averages and differences are fields of their own, or one level less"
         )
     if chosen is not None:
+        chosen = check_integers("kept", chosen, also="None")
         distinct = set(chosen) & set(range(len(fields)))
         if not 0 < len(distinct) == len(chosen) < len(fields):
             raise ValueError(

@@ -8,7 +8,13 @@ from typing import Any
 
 from escnn import nn as enn
 
+from pyro_equiflow.logdet import Estimator
+from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
+from pyro_equiflow.ops.arguments import check_keywords
+from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.solvers import Adjoint, Solver
+from pyro_equiflow.solvers.iteration import OnFailure
 from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
@@ -18,6 +24,10 @@ __all__ = [
     "conditional_equivariant_residual",
     "equivariant_residual",
 ]
+
+
+# What the factories say themselves.
+_SET = ("zero_init", "context_type")
 
 
 class EquivariantResidual(ContractionTransform):
@@ -56,11 +66,15 @@ class EquivariantResidual(ContractionTransform):
     :param conditioner: an escnn ``EquivariantModule`` between the types of :meth:`conditioner_types`, of layers with a
         rule of :func:`~pyro_equiflow.nn.lipschitz_bound`.
     :param lipschitz: :math:`c`, inside (0, 1).
-    :param kwargs: the parameters that follow.
     :param log_det: estimator of the log-det, see :mod:`pyro_equiflow.logdet`; by default exact up to 16 entries, beyond
         unbiased in training and deterministic under ``eval()``.
-    :param solver: see :mod:`pyro_equiflow.solvers`, and so for ``adjoint``, ``tolerance``, ``max_steps`` and
-        ``on_failure``.
+    :param solver: of the fixed points, see :mod:`pyro_equiflow.solvers`; by default
+        :class:`~pyro_equiflow.solvers.Anderson`.
+    :param adjoint: how gradients pass through a solution; by default implicit differentiation.
+    :param tolerance: relative certified error of a solution, by default 1e-12 in float64; in float32 5e-6, or less
+        where the way back stretches errors.
+    :param max_steps: most evaluations a sample.
+    :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantResidual`).
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises TypeError: a layer without a Lipschitz rule.
@@ -76,9 +90,26 @@ class EquivariantResidual(ContractionTransform):
         conditioner: enn.EquivariantModule,
         *,
         lipschitz: float = 0.9,
-        **kwargs: Any,
+        log_det: Estimator | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        tolerance: float | None = None,
+        max_steps: int | None = None,
+        on_failure: OnFailure = "raise",
+        context_type: enn.FieldType | None = None,
+        cache_size: int = 1,
     ) -> None:
-        super().__init__(field_type, **kwargs)
+        super().__init__(
+            field_type,
+            log_det=log_det,
+            solver=solver,
+            adjoint=adjoint,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            on_failure=on_failure,
+            context_type=context_type,
+            cache_size=cache_size,
+        )
         self.conditioner = self._conditioner(conditioner, lipschitz)
 
     def _steps(self) -> Sequence[tuple[LipschitzConditioner, bool]]:
@@ -119,6 +150,7 @@ class ConditionalEquivariantResidual(ConditionalEquivariantTransform):
         conditioner: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
+        check_keywords(ConditionalEquivariantResidual, kwargs, EquivariantResidual, without=["context_type"])
         super().__init__(
             EquivariantResidual(field_type, conditioner, context_type=context_type, **kwargs), context_type
         )
@@ -144,6 +176,7 @@ def equivariant_residual(
     :param identity_init: whether the transform starts as the identity.
     :param kwargs: further keywords of :func:`~pyro_equiflow.nn.lipschitz_net` and of :class:`EquivariantResidual`.
     """
+    check_keywords(equivariant_residual, kwargs, lipschitz_net, EquivariantResidual, without=_SET)
     (net,) = lipschitz_nets(1, field_type, None, hidden_dims, identity_init, kwargs)
     return EquivariantResidual(field_type, net, **kwargs)
 
@@ -176,5 +209,7 @@ def conditional_equivariant_residual(
     :param identity_init: see :func:`equivariant_residual`.
     :param kwargs: see :func:`equivariant_residual`.
     """
+    check_keywords(conditional_equivariant_residual, kwargs, lipschitz_net, EquivariantResidual, without=_SET)
+    validate_field_type(context_type, "context_type")
     (net,) = lipschitz_nets(1, field_type, context_type, hidden_dims, identity_init, kwargs)
     return ConditionalEquivariantResidual(field_type, context_type, net, **kwargs)

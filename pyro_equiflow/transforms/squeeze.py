@@ -8,6 +8,7 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_flag
 from pyro_equiflow.ops.cells import squeezed_type
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
@@ -59,9 +60,10 @@ class EquivariantSqueeze(EquivariantTransform):
     """
 
     def __init__(self, field_type: enn.FieldType, *, haar: bool = False, cache_size: int = 1) -> None:
+        haar = check_flag("haar", haar)
         out_type, matrix = squeezed_type(field_type, haar, type(self).__name__)
         super().__init__(field_type, out_type=out_type, cache_size=cache_size)
-        self.haar = bool(haar)
+        self.haar = haar
         self._spatial_dims = self.event_dim - 1
         order = None if haar else matrix.argmax(1)
         self._constants = Constants(

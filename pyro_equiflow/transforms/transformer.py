@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pyro_equiflow.ops.arguments import check_choice, check_integer, check_number
 from pyro_equiflow.ops.splines import MIN_BIN
 from pyro_equiflow.transforms.affine import BlockAffine, BlockCommutant
 from pyro_equiflow.transforms.block_map import BlockMap
@@ -26,6 +27,7 @@ class Transformer:
     :param log_scale_bound: the largest :math:`|s|`; positive.
     :param spline_bound: splines are the identity beyond it; positive.
     :param num_bins: bins of each spline, from 2.
+    :raises TypeError: a setting of another type.
     :raises ValueError: an unknown kind, or a setting out of its range.
     """
 
@@ -35,15 +37,11 @@ class Transformer:
     num_bins: int = 8
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise ValueError(f"transformer: expected one of {list(_KINDS)}, found {self.kind!r}")
+        check_choice("transformer", self.kind, _KINDS)
         for name in ("log_scale_bound", "spline_bound"):
-            bound = getattr(self, name)
-            if not 0 < bound < float("inf"):
-                raise ValueError(f"{name}: expected a positive finite number, found {bound}")
+            object.__setattr__(self, name, check_number(name, getattr(self, name), "(0, inf)"))
         most = int(0.5 / MIN_BIN)  # so that least lengths leave half of the interval to choose
-        if not isinstance(self.num_bins, int) or not 2 <= self.num_bins <= most:
-            raise ValueError(f"num_bins: expected an integer from 2 to {most}, found {self.num_bins!r}")
+        object.__setattr__(self, "num_bins", check_integer("num_bins", self.num_bins, 2, most))
 
     def keywords(self) -> dict[str, Any]:
         """The settings by the keywords that transforms take them by."""

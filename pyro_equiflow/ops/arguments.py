@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of arguments: a wrong type is a ``TypeError``, a wrong value a ``ValueError``, each with expected and found.
+
+Numbers of numpy count as Python's. Tensors of no dimension do not: a number is kept without its gradient and device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import numpy as np
+
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_instance",
+    "check_integer",
+    "check_integers",
+    "check_keywords",
+    "check_number",
+    "found",
+]
+
+_Value = TypeVar("_Value")
+
+
+def found(value: Any) -> str:
+    """A value as an error shows it: itself where that is short, else its class."""
+    if isinstance(value, str | bytes | bool | int | float | complex | None):
+        return reprlib.repr(value)
+    if isinstance(value, np.generic):
+        return reprlib.repr(value.item())
+    if type(value) in (list, tuple, range) and all(isinstance(one, str | int | float | None) for one in value):
+        return reprlib.repr(value)
+    return type(value).__name__
+
+
+def _refused(error: type[Exception], name: str, expected: str, value: object, remedy: str) -> Exception:
+    return error(f"{name}: expected {expected}, found {found(value)}" + (f"; {remedy}" if remedy else ""))
+
+
+def check_integer(
+    name: str, value: Any, least: int | None = None, most: int | None = None, *, also: str = "", remedy: str = ""
+) -> int:
+    """The integer ``value``, from ``least`` to ``most``.
+
+    :param also: what else is taken, for the message: ``"None"``, say.
+    :raises TypeError: not an integer; ``True`` and ``1.0`` are none.
+    :raises ValueError: outside the range.
+    """
+    expected = _integers(least, most, one=True) + (f" or {also}" if also else "")
+    if not _is_integer(value):
+        raise _refused(TypeError, name, expected, value, remedy)
+    number = int(value)
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise _refused(ValueError, name, expected, value, remedy)
+    return number
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _integers(least: int | None, most: int | None, *, one: bool) -> str:
+    """The words for an integer, or several, of a range."""
+    noun = "integer" if one else "integers"
+    if most is not None:
+        return f"{'an ' if one else ''}{noun} from {least} to {most}"
+    if least == 1:
+        return f"{'a ' if one else ''}positive {noun}"
+    return f"{'an ' if one else ''}{noun}" + ("" if least is None else f" of at least {least}")
+
+
+def check_integers(
+    name: str, value: Any, least: int | None = None, *, also: str = "", remedy: str = ""
+) -> tuple[int, ...]:
+    """The integers of a sequence or a 1-D array, each of at least ``least``.
+
+    :raises TypeError: not a sequence, or not of integers.
+    :raises ValueError: one that is too small.
+    """
+    other = f" or {also}" if also else ""
+    is_array = isinstance(value, np.ndarray) and value.ndim == 1
+    if isinstance(value, str | bytes) or not (is_array or isinstance(value, Sequence)):
+        if _is_integer(value) and not remedy:
+            remedy = f"for one write ({value!r},)"
+        expected = f"a sequence of {_integers(least, None, one=False)}{other}"
+        raise _refused(TypeError, name, expected, value, remedy)
+    items: tuple[Any, ...] = tuple(value)
+    expected = _integers(least, None, one=False) + other
+    if not all(map(_is_integer, items)):
+        raise _refused(TypeError, name, expected, items, remedy)
+    if least is not None and any(item < least for item in items):
+        raise _refused(ValueError, name, expected, items, remedy)
+    return tuple(int(item) for item in items)
+
+
+def check_number(name: str, value: Any, interval: str, *, also: str = "", remedy: str = "") -> float:
+    """The real number ``value`` inside an interval.
+
+    :param interval: as in mathematics, ``"[0, 0.5)"``; ``"(0, inf)"`` are the positive finite numbers.
+    :raises TypeError: not a real number.
+    :raises ValueError: outside the interval, or NaN.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    expected = {"(0, inf)": "a positive finite number"}.get(interval, f"a number inside {interval}")
+    if also:
+        expected += f" or {also}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _refused(TypeError, name, expected, value, remedy)
+    number = float(value)
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        raise _refused(ValueError, name, expected, value, remedy)
+    return number
+
+
+def check_flag(name: str, value: object, *, also: str = "") -> bool:
+    """``True`` or ``False``.
+
+    :raises TypeError: anything else, 0 and 1 too.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise _refused(TypeError, name, "True or False" + (f" or {also}" if also else ""), value, "")
+    return bool(value)
+
+
+def check_choice(name: str, value: object, choices: Iterable[str], *, also: str = "", remedy: str = "") -> str:
+    """One of some words.
+
+    :raises TypeError: not a string.
+    :raises ValueError: another one.
+    """
+    choices = list(choices)
+    expected = "one of " + ", ".join(f'"{choice}"' for choice in choices) + (f" or {also}" if also else "")
+    if not isinstance(value, str):
+        raise _refused(TypeError, name, expected, value, remedy)
+    if value not in choices:
+        raise _refused(ValueError, name, expected, value, remedy)
+    return value
+
+
+def check_instance(name: str, value: _Value, kind: Any, expected: str, *, remedy: str = "") -> _Value:
+    """An instance of a class, or of one of several.
+
+    :param expected: the class in words: ``"a distribution"``.
+    :raises TypeError: of another class.
+    """
+    if not isinstance(value, kind) or (isinstance(value, type) and kind is not type):
+        shown = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name}: expected {expected}, found {shown}" + (f"; {remedy}" if remedy else ""))
+    return value
+
+
+def check_keywords(
+    owner: Callable[..., Any], given: Iterable[str], *takers: Callable[..., Any], without: Iterable[str] = ()
+) -> None:
+    """Raises where ``owner`` was given keywords that none takes to whom it hands them on.
+
+    :param owner: a function or a class.
+    :param given: the names of keywords that are not its own.
+    :param takers: those whose keyword-only arguments they may be.
+    :param without: arguments of the takers that ``owner`` sets itself.
+    :raises TypeError: the unknown ones are named, and those that are expected.
+    """
+    further = {name for taker in takers for name in _keywords(taker)} - set(without)
+    unknown = [name for name in given if name not in further]
+    if unknown:
+        expected = ", ".join(sorted({*_keywords(owner), *further}))
+        raise TypeError(f"{owner.__name__}: expected keywords among {expected}, found {', '.join(unknown)}")
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
