@@ -15,6 +15,7 @@ from torch.distributions import Distribution, constraints
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
+from pyro_equiflow.ops.support import real_events
 
 __all__ = ["AugmentedDistribution", "augment"]
 
@@ -130,7 +131,7 @@ class AugmentedDistribution(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         """Real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        return real_events(len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> AugmentedDistribution:
         """The distribution over the expanded joint."""

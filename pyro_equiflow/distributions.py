@@ -17,6 +17,8 @@ from pyro_equiflow.ops.arguments import check_flag, check_instance, check_number
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import act, channel_matmul, channel_matrix, check_sides, event_dim, on_grid
 from pyro_equiflow.ops.representations import IrrepDecomposition, validate_field_type
+from pyro_equiflow.ops.support import real_events
+from pyro_equiflow.ops.tracing import full_precision
 
 __all__ = ["InvariantNormal", "OrbitMixture"]
 
@@ -99,7 +101,7 @@ class InvariantNormal(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         """Real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        return real_events(len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> InvariantNormal:
         """The distribution with another batch shape; ``loc`` and ``scale`` stay connected."""
@@ -127,12 +129,14 @@ class InvariantNormal(TorchDistribution):
             return x
         return channel_matmul(basis.T if back else basis, x, len(self.spatial_shape))
 
+    @full_precision
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws with gradients to ``loc`` and ``scale``: shape ``sample_shape + batch_shape + event_shape``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         noise = torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device)
         return self._rotate(noise * self._channel_scale()) + self._mean()
 
+    @full_precision
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of the value's batch shape broadcast with the distribution's."""
         if self._validate_args:
@@ -144,11 +148,13 @@ class InvariantNormal(TorchDistribution):
         return -0.5 * quadratic - log_det - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
 
     @property
+    @full_precision
     def mean(self) -> Tensor:
         """The mean, an invariant event: shape ``batch_shape + event_shape``."""
         return self._mean().expand(self.batch_shape + self.event_shape)
 
     @property
+    @full_precision
     def variance(self) -> Tensor:
         """The variance of each channel, shape ``batch_shape + event_shape``."""
         scale = self.scale.index_select(-1, self._constants.like(self.scale)["channel_of"])
@@ -224,7 +230,7 @@ class OrbitMixture(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         """Real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        return real_events(len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OrbitMixture:
         """The mixture over the expanded base."""
@@ -239,15 +245,18 @@ class OrbitMixture(TorchDistribution):
             turned[mask] = act(self.field_type, self._elements[index], x[mask])
         return turned
 
+    @full_precision
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """A draw of the base, moved by a uniformly drawn group element."""
         with torch.no_grad():
             return self._turn(self.base.sample(torch.Size(sample_shape)))
 
+    @full_precision
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """As :meth:`sample`, with gradients to the base."""
         return self._turn(self.base.rsample(torch.Size(sample_shape)))
 
+    @full_precision
     def log_prob(self, value: Tensor) -> Tensor:
         """The exact log-density, by one evaluation of the base on the whole orbit."""
         if self._validate_args:
@@ -259,5 +268,6 @@ class OrbitMixture(TorchDistribution):
         if inverses is None:
             orbit = torch.stack([act(self.field_type, ~g, value) for g in self._elements])
         else:
-            orbit = (value.reshape(-1, value.shape[-1]) @ inverses.mT).view(-1, *value.shape)
+            rows = value.reshape(value.shape[:-1].numel(), value.shape[-1])
+            orbit = (rows @ inverses.mT).view(len(inverses), *value.shape)
         return torch.logsumexp(self.base.log_prob(orbit), 0) - math.log(len(self._elements))

@@ -17,6 +17,7 @@ from torch.distributions import Transform, constraints
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import probe_elements
+from pyro_equiflow.ops.tracing import full_precision
 
 __all__ = ["MeanFreePositions", "particle_permutation", "particle_type"]
 
@@ -92,10 +93,12 @@ class MeanFreePositions(Transform):
         """Positions of mean 0."""
         return _MeanFree()
 
+    @full_precision
     def _call(self, z: Tensor) -> Tensor:
         self.forward_shape(z.shape)
         return self._constants.like(z)["basis"] @ z.unflatten(-1, (self.num_particles - 1, self.dim))
 
+    @full_precision
     def _inverse(self, x: Tensor) -> Tensor:
         self.inverse_shape(x.shape)
         return (self._constants.like(x)["basis"].T @ x).flatten(-2)

@@ -120,7 +120,7 @@ def _spline(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType
 def _flow(kind: enn.FieldType) -> pe.EquivariantTransform:
     flow = pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(16,), log_scale_bound=1.0, **_net_options(kind))
     # Sets the actnorms, as the first batch of a training would.
-    flow(1.0 + 2.0 * torch.randn(20, kind.size, *kind.gspace.dimensionality * (3,), dtype=torch.float32))
+    flow(1.0 + 2.0 * torch.randn(20, kind.size, *kind.gspace.dimensionality * (3,)))
     return flow
 
 

@@ -17,6 +17,7 @@ from pyro_equiflow.logdet.base import (
     rounding_allowance,
 )
 from pyro_equiflow.ops.dense import dense_jacobian, log_det_definite
+from pyro_equiflow.ops.tracing import full_precision
 
 __all__ = ["Exact"]
 
@@ -52,6 +53,7 @@ class Exact:
     def __post_init__(self) -> None:
         check_positive("rows", self.rows)
 
+    @full_precision
     def __call__(
         self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
     ) -> LogDet:

@@ -23,6 +23,7 @@ from pyro_equiflow.logdet.base import (
 )
 from pyro_equiflow.logdet.probes import DISTRIBUTIONS, geometric, probe_vectors
 from pyro_equiflow.ops.dense import dense_jacobian
+from pyro_equiflow.ops.tracing import full_precision
 
 __all__ = ["PowerSeries", "RussianRoulette"]
 
@@ -107,7 +108,7 @@ def _summary(values: list[Tensor], run: Pass, size: int, lipschitz: float) -> Lo
     y = run.y
     stacked = torch.stack(values)
     value = stacked.mean(0)
-    if len(values) > 1:
+    if len(values) > 1 and value.numel():
         stderr = stacked.detach().std(0) / math.sqrt(len(values))
     else:
         stderr = torch.full_like(value, math.nan, requires_grad=False)
@@ -186,6 +187,7 @@ class PowerSeries:
             terms += 1
         return terms
 
+    @full_precision
     def __call__(
         self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
     ) -> LogDet:
@@ -265,6 +267,7 @@ class RussianRoulette:
         if not 0.0 < self.probability < 1.0:
             raise ValueError(f"probability: expected a number inside (0, 1), found {self.probability}")
 
+    @full_precision
     def __call__(
         self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
     ) -> LogDet:

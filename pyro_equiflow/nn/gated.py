@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.ops.tracing import is_legacy_batched, is_traced
 
 __all__ = ["Gates"]
 
@@ -105,7 +105,7 @@ class _Gated(torch.autograd.Function):
         x, out, sigmoids = ctx.saved_tensors
         graph = torch.is_grad_enabled()
         # A graph of the gradient is wanted, or there is a batch of gradients, whose parts cannot be written in place.
-        if graph or is_traced() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        if graph or is_traced() or is_legacy_batched(upstream):
             with torch.enable_grad():
                 value = ctx.gates.plain(x)
             return torch.autograd.grad(value, x, upstream, create_graph=graph)[0], None

@@ -83,8 +83,8 @@ class InvariantGateNet(SteerableModule):
         self.tensor_products = check_flag("tensor_products", tensor_products)
         self._build()
         # One tensor of weights and one of biases: an optimizer's cost goes by the number of tensors.
-        self.weight = torch.nn.Parameter(torch.zeros(sum(self._gate.sizes), dtype=torch.float32))
-        self.bias = torch.nn.Parameter(torch.zeros(sum(self._gate.widths[1:]), dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.zeros(sum(self._gate.sizes)))
+        self.bias = torch.nn.Parameter(torch.zeros(sum(self._gate.widths[1:])))
         self.reset_parameters()
 
     def _build(self) -> None:

@@ -33,7 +33,8 @@ def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_r
     """
     dimensions = gspace.dimensionality
     parameters = (r2convolution if dimensions == 2 else r3convolution).compute_basis_params
-    keep, rings, sigma, maximum_frequency = parameters(kernel_size)
+    with _plain_defaults():
+        keep, rings, sigma, maximum_frequency = parameters(kernel_size)
     shape = (out_rep.size, in_rep.size, *dimensions * (kernel_size,))
     try:
         with _plain_defaults():

@@ -49,9 +49,9 @@ class _BasisLayer(SteerableModule):
         super().__init__(in_type, out_type)
         self.mask = mask if mask is None else _checked_mask(mask, in_type, out_type)
         invariants = self._build()
-        self.weight = torch.nn.Parameter(torch.zeros(self.plan.num_weights, dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.zeros(self.plan.num_weights))
         if bias and invariants:
-            self.bias = torch.nn.Parameter(torch.zeros(invariants, dtype=torch.float32))
+            self.bias = torch.nn.Parameter(torch.zeros(invariants))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()

@@ -99,10 +99,11 @@ class MaskedInvariantGate:
 
     def initial(self, zero_init: bool) -> tuple[Tensor, Tensor]:
         """Weights by He's rule and biases, gates around one; the output is zero if asked for."""
-        weight = torch.randn(len(self._std), dtype=torch.float32) * torch.as_tensor(self._std, dtype=torch.float32)
+        weight = torch.randn(len(self._std))
+        weight = weight * torch.as_tensor(self._std).to(weight)
         if zero_init:
             weight[torch.as_tensor(self._last)] = 0.0
-        return weight, torch.as_tensor(self._gate.init_bias, dtype=torch.float32)
+        return weight, torch.as_tensor(self._gate.init_bias).to(weight)
 
     def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
         """The map on plain tensors."""

@@ -14,7 +14,7 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.ops.events import check_sides, grid_elements, signed_permutation
-from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.ops.tracing import full_precision, is_traced
 
 __all__ = ["convolution_norm", "frequencies", "spectral_norm"]
 
@@ -29,6 +29,7 @@ _EPSILON = torch.finfo(torch.float32).eps
 _STAGE = 3
 
 
+@full_precision
 def spectral_norm(matrix: Tensor) -> Tensor:
     r"""An upper bound of the largest singular value, at most 1.03 times it, by Gram iteration.
 
@@ -165,6 +166,7 @@ def _largest(stack: Tensor) -> tuple[int, Tensor]:
     return int(index[best]), log_bound[best].exp() * _allowance(stack)
 
 
+@full_precision
 def convolution_norm(weight: Tensor, angles: np.ndarray, factor: float) -> Tensor:
     r"""An upper bound of the operator norm of a convolution with stride 1.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.ops.tracing import is_legacy_batched, is_traced
 
 __all__ = ["silu", "silu_slope"]
 
@@ -48,7 +48,7 @@ class _Silu(torch.autograd.Function):
         (upstream,) = upstreams
         x, gate, slope = ctx.saved_tensors
         # A batch of upstream gradients: functions of ours are recorded there, and their graph is lost.
-        if is_traced() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        if is_traced() or is_legacy_batched(upstream):
             return upstream * silu_slope(x)
         if torch.is_grad_enabled():
             return _SiluBackward.apply(upstream, x, gate, slope)

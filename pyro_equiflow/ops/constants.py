@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.tracing import is_traced
+
 __all__ = ["Constants"]
 
 
@@ -28,11 +30,13 @@ class Constants:
     def like(self, x: Tensor) -> dict[str, Any]:
         """The constants in the dtype and on the device of ``x``."""
         key = (x.dtype, x.device)
-        if key not in self._cast:
-            self._cast[key] = {
-                name: None if array is None else self._tensor(array, x) for name, array in self._arrays.items()
-            }
-        return self._cast[key]
+        found = self._cast.get(key)
+        if found is None:
+            found = {name: None if array is None else self._tensor(array, x) for name, array in self._arrays.items()}
+            # What is made under torch.func, or recorded, belongs to that call.
+            if not is_traced():
+                self._cast[key] = found
+        return found
 
     @staticmethod
     def _tensor(array: np.ndarray, x: Tensor) -> Tensor:

@@ -1,13 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether torch is looking at a computation instead of making it."""
+"""Whether torch is looking at a computation instead of making it, and what else hangs over a call."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar, cast
+
 import torch
+from torch import Tensor
 
-__all__ = ["is_traced"]
+__all__ = ["full_precision", "in_torch_func", "is_legacy_batched", "is_traced"]
+
+# What of torch has no public name, or is asked too often for the public one, is here, with what serves where a release
+# has it no more: that way of looking is then taken for absent, and torch's own error comes where a value is looked at.
+_functorch = getattr(torch._C, "_functorch", None)
+_interpreter: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+#: Whether a tensor is a batch of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``.
+is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+# Those of make_fx and torch.export, and of tensors that are shapes only.
+_RECORDING = [getattr(_keys, name) for name in ("PROXY", "FAKE") if hasattr(_keys, name)]
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
-def is_traced() -> bool:
-    """Whether values are symbolic, so that none can be looked at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+def in_torch_func() -> bool:
+    """Whether a transformation of ``torch.func`` is under way."""
+    return _interpreter() is not None
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether no value can be looked at, or what follows from one would be recorded as if it held for all.
+
+    So under ``torch.func``, ``torch.compile``, ``torch.export``, ``make_fx``, ``torch.jit.trace``, and of tensors on
+    the device ``meta``.
+    """
+    return (
+        in_torch_func()
+        or torch.compiler.is_compiling()
+        or _is_jit_tracing()
+        or (_modes() > 0 and any(_mode(key) is not None for key in _RECORDING))
+        or any(tensor.is_meta for tensor in tensors)
+    )
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def full_precision(function: _Function) -> _Function:
+    """Runs a function outside ``torch.autocast``, with arguments that autocast has shortened in float32.
+
+    Determinants, certificates and inverses of eight bits are worth nothing.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not _any_autocast():
+            return function(*args, **kwargs)
+        devices = {argument.device.type for argument in args if isinstance(argument, Tensor)} or {"cpu", "cuda"}
+        on = [device for device in devices if device != "meta" and torch.is_autocast_enabled(device)]
+        if not on:
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            for device in on:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*map(_lengthened, args), **kwargs)
+
+    return cast("_Function", run)
+
+
+def _lengthened(argument: Any) -> Any:
+    short = isinstance(argument, Tensor) and argument.dtype in (torch.bfloat16, torch.float16)
+    return argument.float() if short else argument

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_equiflow.ops.dense import dense_jacobian, solve_definite
+from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.solvers.iteration import Map, OnFailure, Solver, event_norm, take
 from pyro_equiflow.solvers.methods import Anderson
 
@@ -306,6 +307,7 @@ class _Implicit(torch.autograd.Function):
         return output
 
     @staticmethod
+    @full_precision
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = upstreams
         value, *tensors = ctx.saved_tensors

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.ops.tracing import full_precision, is_traced
 from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, Problem, per_sample
 from pyro_equiflow.solvers.iteration import Map, OnFailure, Solution, Solver, event_norm, report, take
 from pyro_equiflow.solvers.methods import Anderson
@@ -23,6 +23,7 @@ _DENSE = 8
 _REFINED = 2e-6
 
 
+@full_precision
 def fixed_point(
     phi: Callable[..., Tensor],
     x0: Tensor,

@@ -92,8 +92,8 @@ class EquivariantActNorm(EquivariantTransform):
             pool=(channels == np.arange(len(sizes))[:, None]) / sizes[:, None],
         )
         self._spatial_dims = self.event_dim - 1
-        self.log_scale = torch.nn.Parameter(torch.zeros(len(sizes), dtype=torch.float32))
-        self.loc = torch.nn.Parameter(torch.zeros(len(decomposition.trivial), dtype=torch.float32))
+        self.log_scale = torch.nn.Parameter(torch.zeros(len(sizes)))
+        self.loc = torch.nn.Parameter(torch.zeros(len(decomposition.trivial)))
         self.register_buffer("initialized", torch.tensor(not data_init))
         self._waiting = _Waiting(data_init)
 

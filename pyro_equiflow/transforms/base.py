@@ -21,11 +21,13 @@ from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.fingerprint import Fingerprint
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.ops.serialization import forget_param_store
-from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.ops.support import real_events
+from pyro_equiflow.ops.tracing import full_precision, is_traced
 
 __all__ = ["Deferred", "EquivariantTransform", "check_finite"]
 
 _DESCRIPTION = "_extra_state"  # torch's name for what get_extra_state() gives
+_NAMED = 5  # how many rows that are not finite an error names
 
 Deferred = Callable[[], Tensor]
 
@@ -141,10 +143,11 @@ class EquivariantTransform(TransformModule):
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
         """Real events."""
-        return constraints.independent(constraints.real, self.event_dim)
+        return real_events(self.event_dim)
 
     codomain = domain
 
+    @full_precision
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""The image of ``x`` and the log-determinant, in one pass.
 
@@ -163,6 +166,7 @@ class EquivariantTransform(TransformModule):
         self._remember(x, y, ladj, product=y)
         return y, ladj
 
+    @full_precision
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         r"""The preimage of ``y`` and the log-determinant of the inverse map, in one pass.
 
@@ -181,6 +185,7 @@ class EquivariantTransform(TransformModule):
         self._remember(x, y, -ladj, product=x)
         return x, ladj
 
+    @full_precision
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r""":math:`\log|\det \partial y / \partial x|` of shape ``batch``."""
         entry = self._entry
@@ -189,11 +194,11 @@ class EquivariantTransform(TransformModule):
         self._check(x)
         return self._log_det(x, y)
 
+    @full_precision
     def __call__(self, x: Tensor) -> Tensor:
         """The image of ``x``, shape ``(*batch, C, *spatial)``."""
         entry = self._entry
-        # A draw that nobody scores needs no log-det, nor does a pass that nobody remembers.
-        if (self._cache_size and torch.is_grad_enabled()) or (entry is not None and entry.product is x):
+        if self._scores_at_once() or (entry is not None and entry.product is x):
             return self.call_and_ladj(x)[0]
         self._check(x)
         y, ladj = self._call_deferred(x)
@@ -201,21 +206,41 @@ class EquivariantTransform(TransformModule):
         self._remember(x, y, ladj, product=y)
         return y
 
+    def _scores_at_once(self) -> bool:
+        # A draw that nobody scores needs no log-det, nor does a pass that nobody remembers.
+        return self._cache_size > 0 and torch.is_grad_enabled() and not is_traced()
+
     def _call(self, x: Tensor) -> Tensor:
         return self._call_deferred(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self._inverse_deferred(y)[0]
 
+    @full_precision
     def _inv_call(self, y: Tensor) -> Tensor:
         entry = self._entry
-        if (self._cache_size and torch.is_grad_enabled()) or (entry is not None and entry.product is y):
+        if self._scores_at_once() or (entry is not None and entry.product is y):
             return self.inverse_and_ladj(y)[0]
         self._check(y, self.out_type)
         x, ladj = self._inverse_deferred(y)
         x = x.contiguous()
         self._remember(x, y, lambda: -ladj(), product=x)
         return x
+
+    @property
+    def sign(self) -> int:
+        """Not defined: the sign of the slope of a map of the line.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}.sign: expected a monotone map of the line, found a map of whole events, which has "
+            "no sign; take log_abs_det_jacobian"
+        )
+
+    def __dir__(self) -> list[str]:
+        # torch.jit asks a module for every name that is listed.
+        return [name for name in super().__dir__() if name != "sign"]
 
     @property
     def inv(self) -> EquivariantTransform:
@@ -367,7 +392,7 @@ class EquivariantTransform(TransformModule):
 
 
 def check_finite(x: Tensor, dimensions: int, owner: str) -> None:
-    if not pyro.settings.get("validate_distributions_torch") or is_traced():
+    if not pyro.settings.get("validate_distributions_torch") or is_traced(x):
         return
     # The sum is finite only if every term is, and costs a tenth of looking at each.
     if torch.isfinite(x.detach().sum()):
@@ -375,7 +400,9 @@ def check_finite(x: Tensor, dimensions: int, owner: str) -> None:
     finite = torch.isfinite(x)
     if not finite.all():
         bad = (~finite).flatten(x.dim() - dimensions).any(-1)
+        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist() if row]
+        where = f" (at {', '.join(map(str, rows[:_NAMED]))}{', ...' * (len(rows) > _NAMED)})" if rows else ""
         raise ValueError(
-            f"{owner}: expected finite values, found NaN or infinity in {int(bad.sum())} of {bad.numel()} samples; an "
-            "earlier step diverged (try a smaller learning rate) or the data are not clean"
+            f"{owner}: expected finite values, found NaN or infinity in {int(bad.sum())} of {bad.numel()} samples"
+            f"{where}; an earlier step diverged (try a smaller learning rate) or the data are not clean"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_over
+from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.transforms.base import EquivariantTransform, check_finite
 
 __all__ = ["ConditionableTransform", "ConditionalEquivariantTransform", "with_context_fields"]
@@ -133,6 +134,7 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
             "family.condition(context)(x)"
         )
 
+    @full_precision
     def condition(self, context: Tensor) -> EquivariantTransform:
         """The transform given a context; parameters are shared, contexts of two calls do not mix.
 

@@ -17,6 +17,7 @@ from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
 from pyro_equiflow.solvers.iteration import OnFailure
 from pyro_equiflow.transforms.base import Deferred
@@ -154,6 +155,7 @@ class ContractionTransform(ConditionableTransform):
 
     # ---- what users ask -------------------------------------------------------------------------------------------
 
+    @full_precision
     @torch.no_grad()
     def lipschitz_bound(self, spatial_shape: Sequence[int] | None = None) -> float:
         """An upper bound of the networks' Lipschitz constants with the present weights, below 1; the largest of them.
@@ -215,6 +217,7 @@ class ContractionTransform(ConditionableTransform):
             parts.append(ladj)
         return x.reshape(*batch, *x.shape[1:]), lambda: sum((f() for f in parts[1:]), parts[0]()).reshape(batch)
 
+    @full_precision
     @torch.no_grad()
     def _solution(self, x: Tensor, steps: Sequence[tuple[LipschitzConditioner, bool]]) -> Solution:
         """What the solver says where a transform of one solved step is run."""

@@ -78,7 +78,7 @@ class EquivariantLinear(EquivariantTransform):
             np.add.at(trace, self._map.gather.index[block.diagonal()], n * self._map.gather.factor[block.diagonal()])
         self._constants = Constants(basis=None if reorders else basis, trace=trace)
         self._spatial_dims = self.event_dim - 1
-        self.weight = torch.nn.Parameter(torch.zeros(self._map.num_weights, dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.zeros(self._map.num_weights))
 
     def reset_parameters(self, std: float = 0.0) -> None:
         """Draws the weights of :math:`A` with a standard deviation; 0 is the identity map."""
