@@ -395,12 +395,17 @@ def test_linear_is_the_exponential_of_a_dense_intertwiner(name):
 @pytest.mark.parametrize("name", ["C4", "SO2", "octahedral-regular", "D4-plane"])
 def test_linear_has_one_exponential_or_one_an_irrep(name, monkeypatch):
     """Small matrices share one exponential, with the same map, log-det and gradients."""
+    from pyro_equiflow.transforms import linear
+
     x = events(f"linear-{name}", (3,), torch.float64)
-    found = []
+    found, exponential, sides = [], linear._matrix_exp, []
+    monkeypatch.setattr(linear, "_matrix_exp", lambda a: sides.append(len(a)) or exponential(a))
     for most in (32, 0):
-        monkeypatch.setattr("pyro_equiflow.transforms.linear._JOINT", most)
+        monkeypatch.setattr(linear, "_JOINT", most)
         transform = make("linear", name).double()
+        sides.clear()
         y, ladj = transform.call_and_ladj(x)
+        assert len(sides) == (1 if most else len(set(transform.field_type.irreps)))
         (gradient,) = torch.autograd.grad(y.square().sum() + ladj.sum(), transform.weight)
         found.append((y, ladj, gradient))
     torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
