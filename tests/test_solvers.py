@@ -205,6 +205,25 @@ def test_residuals_stay_below_the_guaranteed_ones():
     assert ((best <= guaranteed + 1e-13) | norms.isnan()).all()
 
 
+def test_a_tolerance_just_above_rounding_gets_the_steps_that_it_takes():
+    """What the contraction has to shrink to is the room between the two, here a hundred millionth of either."""
+    solver, c = FixedPoint(rounding=1e10), 0.99
+    floor = solver.rounding * torch.finfo(torch.float64).eps / (1 - c)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    solution = solver.solve(lambda x, index: -c * x, one, lipschitz=c, tolerance=floor * (1 + 1e-8))
+    assert solution.steps > 3000 and solution.value.abs() < 1e-13
+
+
+def test_default_tolerances_are_four_times_what_rounding_leaves():
+    for c, rounding in ((0.5, 1.0), (0.5, 2.0), (0.9, 8.0), (0.99, 1.0)):
+        left = rounding * torch.finfo(torch.float32).eps / (1 - c)
+        assert Anderson(rounding=rounding).default_tolerance(torch.float32, c) == pytest.approx(4 * left)
+        # Errors of 1 / (1 - c) steps with random signs.
+        plain = FixedPoint(rounding=rounding).default_tolerance(torch.float32, c)
+        assert plain == pytest.approx(max(4, (1 - c) ** -0.5) * left)
+        assert Anderson(rounding=rounding).default_tolerance(torch.float64, c) == 1e-12
+
+
 def test_empty_batches_and_scalar_events(solver):
     empty = solver.solve(lambda x, index: 0.5 * x, torch.zeros(0, 3), lipschitz=0.5)
     assert empty.value.shape == (0, 3) and empty.steps.shape == (0,)
