@@ -228,6 +228,104 @@ def test_roulette_is_unbiased(estimator):
         assert (spread < 0.05).all()
 
 
+def series_variance(terms, exact, probability):
+    """The variance of a roulette over its stopping time, of a series of ``terms`` ``(V, K)``: its closed form.
+
+    ``E S^2 = sum_kl a_k a_l w_min(k, l)``, since the larger weight is one over the chance that both terms are there.
+    """
+    beyond = (torch.arange(1, terms.shape[1] + 1) - exact).clamp(min=0)
+    weights = (1 - probability) ** -beyond.double()
+    following = terms.flip(1).cumsum(1).flip(1) - terms
+    return ((weights - 1) * terms * (terms + 2 * following)).sum(1)
+
+
+@pytest.mark.parametrize("turn", ["down", "up", "orthogonal"])
+@pytest.mark.parametrize("c, exact, most", [(0.5, 4, 0.09), (0.9, 10, 0.37), (0.99, 100, 0.37)])
+def test_roulette_has_the_variance_of_its_closed_form(c, exact, most, turn):
+    """Of values and gradients, over stopping times and all 64 probes, for ``J = c Q``; ``Q = -1`` is the worst."""
+    size, draws = 6, 5000
+    matrix = {"down": -torch.eye(size), "up": torch.eye(size)}.get(turn, torch.linalg.qr(torch.randn(size, size)).Q)
+    matrix = matrix.double()
+    probes = 1 - 2 * (torch.arange(2**size)[:, None] >> torch.arange(size) & 1).double()
+    powers, products = probes, []
+    for k in range(int(60 / (1 - c))):
+        powers = powers @ matrix
+        products.append((-1) ** k * (powers * probes).sum(1))
+    orders = torch.arange(1, len(products) + 1).double()
+    slopes = torch.stack(products, 1) * c ** (orders - 1)  # of the derivative by c
+    estimator = RussianRoulette()
+    assert estimator.terms_for(c) == (exact, pytest.approx(1 - c))
+    scales = torch.full((draws,), c, dtype=torch.float64, requires_grad=True)
+    value = estimator(
+        lambda x, scales: scales[:, None] * (x @ matrix.T),
+        torch.zeros(draws, size, dtype=torch.float64),
+        (scales,),
+        lipschitz=c,
+        training=True,
+    ).value
+    (gradient,) = gradients(value.sum(), scales)
+    whole = torch.eye(size) + c * matrix
+    wanted = torch.linalg.slogdet(whole).logabsdet, torch.linalg.solve(whole, matrix).trace()
+    for found, mean, terms in ((value.detach(), wanted[0], c * slopes / orders), (gradient, wanted[1], slopes)):
+        within_standard_errors(found, mean)
+        over_terms = series_variance(terms, exact, 1 - c)
+        variance = over_terms.mean() + terms.sum(1).var(correction=0)
+        # Tails are those of an exponential distribution, of kurtosis 9: four standard errors of a variance.
+        assert abs(found.var() / variance - 1) <= 4 * math.sqrt(8 / draws)
+    if turn == "down":
+        relative = (over_terms / wanted[1] ** 2).sqrt()
+        torch.testing.assert_close(relative, torch.full_like(relative, c ** (exact - 0.5)), rtol=1e-6, atol=0)
+        assert (relative <= most).all()
+
+
+def test_an_infinite_variance_is_said():
+    x = torch.zeros(3, 2)
+    with pytest.warns(RuntimeWarning, match=r"probability: expected below 1 - lipschitz\^2 = 0.19 .*, found 0.5"):
+        RussianRoulette(probability=0.5)(lambda x: 0.1 * x, x, (), lipschitz=0.9, training=True)
+    RussianRoulette(probability=0.18)(lambda x: 0.1 * x, x, (), lipschitz=0.9, training=True)
+
+
+@pytest.mark.parametrize("c", [1e-9, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("size", [20, 40, 200])
+def test_the_default_in_training_is_never_far_off(size, c):
+    """At the worst Jacobian; in training with more than 16 entries, float32."""
+    x = torch.zeros(300, size)
+    found = default_estimator(size)(lambda x, a: a * x, x, (torch.tensor(-c),), lipschitz=c, training=True)
+    exact = size * math.log1p(-c)
+    assert (found.value - exact).abs().max() <= abs(exact)
+    assert (found.stderr == 0).all() == (size <= 1 / (2 - 2 * c) + 1e-6)
+
+
+class Counting:
+    """A map with a context a sample, which can be linearized for some samples; counts what it is asked for."""
+
+    per_sample = 1
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, x, context, *tensors):
+        self.rows.append(len(x))
+        return net(x + context, *tensors)
+
+
+def test_what_has_ended_is_left_out():
+    """With the same numbers as where it is not, values and gradients, and far fewer rows."""
+    tensors = weights([12, 16, 12], 0.97)
+    x, context = torch.randn(2, 64, 12, dtype=torch.float64)
+    context.requires_grad_()
+    fn, found = Counting(), []
+    for function in (fn, lambda *a: net(a[0] + a[1], *a[2:])):
+        torch.manual_seed(5)
+        value = RussianRoulette()(function, x, (context, *tensors), lipschitz=0.97, training=True).value
+        found.append((value, *gradients(value @ torch.arange(64.0).double(), context, *tensors[:-1])))
+    # The whole batch, half of it, and what is left as often as an event has entries, for dense Jacobians.
+    whole, half, dense = fn.rows
+    assert whole == 64 and 21 < half <= 32 and dense <= 256 and dense % 12 == 0
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     "estimator", [RussianRoulette(exact_terms=2), PowerSeries(terms=25)], ids=["roulette", "series"]
 )

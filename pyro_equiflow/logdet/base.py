@@ -111,6 +111,7 @@ class Pass(NamedTuple):
     :ivar sources: all that the caller may differentiate by: ``x``, ``tensors`` and leaves that ``fn`` closes over.
     :ivar keep: whether the caller's graph goes on through the result.
     :ivar pull: takes :math:`p` to :math:`p^\top J_f(x)`, without a graph.
+    :ivar narrowed: gives ``pull`` for some samples, by their indices; ``None`` where that cannot be had.
     """
 
     x: Tensor
@@ -118,6 +119,7 @@ class Pass(NamedTuple):
     sources: tuple[Tensor, ...]
     keep: bool
     pull: Callable[[Tensor], Tensor]
+    narrowed: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
 
 
 @contextmanager
@@ -127,7 +129,8 @@ def forward_pass(
     """Runs ``fn``; inside the context gradients are on.
 
     A function with a method ``linearize(x, *tensors)``, which gives its value and ``pull`` (or ``None``), is linearized
-    by it where ``pulled`` asks for that.
+    by it where ``pulled`` asks for that. One with an attribute ``per_sample``, how many of its tensors, the first ones,
+    have a row for each sample, can be linearized for some of them.
 
     Jacobians are needed under ``torch.no_grad()`` and ``torch.inference_mode()`` as well.
     """
@@ -140,13 +143,32 @@ def forward_pass(
             tensors = [t.detach() for t in tensors]
         if not (enabled and x.requires_grad):
             x = x.detach().requires_grad_()
-        linearize = getattr(fn, "linearize", None) if pulled else None
-        y, pull = (linearize and linearize(x, *tensors)) or (fn(x, *tensors), None)
+        y, pull = _linearized(fn, x, tensors) if pulled else (fn(x, *tensors), None)
         if y.shape != x.shape:
             raise ValueError(f"fn: expected an output of shape {tuple(x.shape)} as its input, found {tuple(y.shape)}")
         leaves = _closed_over(y, (x, *tensors)) if enabled else ()
         keep = enabled and (given.requires_grad or bool(leaves) or any(t.requires_grad for t in tensors))
-        yield Pass(x, y, (x, *tensors, *leaves), keep, pull or _by_autograd(y, x))
+
+        def narrowed(rows: Tensor) -> Callable[[Tensor], Tensor]:
+            count = fn.per_sample  # type: ignore[attr-defined]
+            x, *own = (t.detach().index_select(0, rows) for t in (run.x, *tensors[:count]))
+            with torch.enable_grad():
+                x.requires_grad_()
+                y, pull = _linearized(fn, x, [*own, *(t.detach() for t in tensors[count:])])
+            return pull or _by_autograd(y, x)
+
+        sources = (x, *tensors, *leaves)
+        known = pulled and hasattr(fn, "per_sample")
+        run = Pass(x, y, sources, keep, pull or _by_autograd(y, x), narrowed if known else None)
+        yield run
+
+
+def _linearized(
+    fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """The value, and ``pull`` if the function has a way of its own."""
+    linearize = getattr(fn, "linearize", None)
+    return (linearize and linearize(x, *tensors)) or (fn(x, *tensors), None)
 
 
 def _by_autograd(y: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -60,7 +60,8 @@ class Exact:
         """The exact log-det at ``x``; ``training`` makes no difference. See :class:`Estimator`."""
         check_call(x, lipschitz)
         size = x.shape[1:].numel()
-        with forward_pass(fn, x, tensors) as (x, y, _, keep, _):
+        with forward_pass(fn, x, tensors) as run:
+            x, y, keep = run.x, run.y, run.keep
             jacobian = dense_jacobian(y, x, self.rows, create_graph=keep)
             value = log_det_definite(jacobian + torch.eye(size, dtype=x.dtype, device=x.device))
             if not keep:

@@ -56,7 +56,12 @@ def chained(parts: Sequence[Expanded]) -> Expanded:
 
 
 class _Chain:
-    """Functions one after the other, as one."""
+    """Functions one after the other, as one.
+
+    :ivar per_sample: how many tensors have a row for each sample: weights have none.
+    """
+
+    per_sample = 0
 
     def __init__(self, parts: Sequence[Expanded]) -> None:
         self._parts = [(part.fn, len(part.tensors)) for part in parts]

@@ -53,6 +53,29 @@ class _Contraction(NamedTuple):
         return [tensor.detach().double() for tensor in self.tensors]
 
 
+class _WithContext:
+    """A network's map on event and context, joined, as a map of the event: ``fn(x, context, *tensors)``."""
+
+    per_sample = 1
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        self._fn = fn
+
+    def __call__(self, x: Tensor, context: Tensor, *tensors: Tensor) -> Tensor:
+        return self._fn(torch.cat([x, context], 1), *tensors)
+
+    def linearize(
+        self, x: Tensor, context: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """As a network's own, see :func:`~pyro_equiflow.logdet.base.forward_pass`."""
+        linearize = getattr(self._fn, "linearize", None)
+        found = linearize and linearize(torch.cat([x, context], 1), *tensors)
+        if found is None:
+            return None
+        y, pull = found
+        return y, lambda p: pull(p)[:, : x.shape[1]]
+
+
 class _Pushed(NamedTuple):
     """A step ``x + F(x)`` that was made, where from: to make it again in float64."""
 
@@ -245,12 +268,8 @@ class ContractionTransform(ConditionableTransform):
         bound = max(bound, _LEAST_BOUND)
         if context is None:
             return _Contraction(fn, tensors, len(tensors) * (False,), bound, conditioner.is_expanded)
-
-        def with_context(x: Tensor, context: Tensor, *tensors: Tensor) -> Tensor:
-            return fn(torch.cat([x, context], 1), *tensors)
-
         batched = (True, *len(tensors) * (False,))
-        return _Contraction(with_context, (context, *tensors), batched, bound, conditioner.is_expanded)
+        return _Contraction(_WithContext(fn), (context, *tensors), batched, bound, conditioner.is_expanded)
 
     def _estimate(self, map_: _Contraction, x: Tensor) -> LogDet:
         estimator = self.log_det or default_estimator(x.shape[1:].numel())
