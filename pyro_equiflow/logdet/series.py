@@ -99,10 +99,9 @@ def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
             # Of a few samples with many terms to come the dense Jacobian is the cheaper way.
             dense = len(rows) * x[0].numel() <= _DENSE * len(x)
             pull, narrowed = _by_matrices(x, rows, narrowed) if dense else narrowed(rows), None if dense else narrowed
-        if keep and rows is None:
-            left.addcmul_(_column(remaining[k], x), power)
-        elif keep:
-            left.index_add_(0, rows, _column(remaining[k], x) * power)
+        if keep:
+            weight = _column(remaining[k], x)
+            left.addcmul_(weight, power) if rows is None else left.index_add_(0, rows, weight * power)
         if k < len(signed) - keep:
             with torch.no_grad():
                 power = pull(power)
