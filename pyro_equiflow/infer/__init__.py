@@ -12,13 +12,14 @@ from pyro_equiflow.infer.evidence import (
     metropolis,
     weighted_draws,
 )
-from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
+from pyro_equiflow.infer.invariance import InvarianceReport, SiteChange, check_model_invariance
 
 __all__ = [
     "AutoEquivariantFlow",
     "EvidenceEstimate",
     "InvarianceReport",
     "MetropolisChain",
+    "SiteChange",
     "WeightedDraws",
     "check_model_invariance",
     "evidence_estimate",

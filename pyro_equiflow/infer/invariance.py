@@ -6,33 +6,51 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from escnn.group import GroupElement
 from escnn.nn import FieldType
-from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
-from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_equiflow.infer.latents import (
-    initial_trace,
-    preserved_random_state,
-    site_field_types,
-    unconstrained_sites,
-    validate_representations,
-)
+from pyro_equiflow.infer.joint_density import LogJoint
+from pyro_equiflow.infer.latents import preserved_random_state, site_field_types, validate_representations
 from pyro_equiflow.ops.events import act
 from pyro_equiflow.ops.representations import probe_elements
 
-__all__ = ["InvarianceReport", "check_model_invariance"]
+__all__ = ["InvarianceReport", "SiteChange", "check_model_invariance"]
 
 _MAX_ELEMENTS = 24  # of a continuous group; two of them at random decide already, with probability one
 _SPREADS = (1.0, 0.3, 3.0)  # standard deviations of the draws, in turn
+_PROBES = 6  # latent values at rounding distance, per draw
+_CLOSER = 60  # as many more before a model is refused: what is rounded coarsely answers to few of them
+_CLEAR = 100.0  # but where a change is that many times what rounding explains, there is no doubt
+_NOISE = 2.0  # their distance in machine epsilons
+_SAFETY = 4.0  # by which the seen effect of rounding, and that of its terms' own, are multiplied
+
+
+class SiteChange(NamedTuple):
+    """How far a site's log-density changes, in nats, and how much of it rounding may explain.
+
+    Example::
+
+        >>> from pyro_equiflow.infer import SiteChange
+        >>> SiteChange(change=0.1, allowance=1e-5).exceeds
+        True
+
+    :ivar change: the absolute change.
+    :ivar allowance: four times what rounding of the latent values and of the site's own terms does; see
+        :func:`check_model_invariance`.
+    """
+
+    change: float
+    allowance: float
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the change is more than rounding explains."""
+        return not self.change <= self.allowance
 
 
 @dataclass(frozen=True)
@@ -51,41 +69,47 @@ class InvarianceReport:
         >>> report.invariant, report.offenders
         (False, ['z'])
 
+    :ivar invariant: whether all changes are explained by rounding, or sites that change make up for each other.
     :ivar absolute: the largest change of the log joint, in nats.
-    :ivar relative: the largest change divided by the sum of the sites' absolute log-densities (at least 1).
-    :ivar sites: for each site the largest change relative to the same sum, largest first. Sites may trade density
-        among each other; the log joint decides.
-    :ivar element: the group element where the log joint changes most; ``None`` if it never changes.
-    :ivar tolerance: the largest relative change that passes.
+    :ivar sites: for each site its largest change, as measured by its allowance, largest first. Sites that one summed
+        out ties together count as one, their names joined with ``+``.
+    :ivar element: the group element where the log joint changes most; ``None`` if only rounding changes it.
     :ivar evaluations: how many pairs of log joints were compared.
+    :ivar summed: discrete sites that were summed out.
+    :ivar held: discrete and hidden sites that kept one value.
     """
 
+    invariant: bool
     absolute: float
-    relative: float
-    sites: dict[str, float]
+    sites: dict[str, SiteChange]
     element: GroupElement | None
-    tolerance: float
     evaluations: int
-
-    @property
-    def invariant(self) -> bool:
-        """Whether the largest relative change is within the tolerance."""
-        return self.relative <= self.tolerance
+    summed: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
     @property
     def offenders(self) -> list[str]:
-        """Names of the sites whose change is above the tolerance, largest first."""
-        return [name for name, change in self.sites.items() if not change <= self.tolerance]
+        """Names of the sites that change by more than rounding explains, largest first."""
+        return [name for name, site in self.sites.items() if site.exceeds]
 
     def __str__(self) -> str:
-        verdict = "invariant" if self.invariant else "not invariant"
+        verdict, cause = ("invariant", "no more") if self.invariant else ("not invariant", "more")
         lines = [
-            f"{verdict}: the log joint changes by at most {self.absolute:.3g} nats, {self.relative:.3g} of its size "
-            f"(tolerance {self.tolerance:.1g}), over {self.evaluations} comparisons"
+            f"{verdict}: the log joint changes by at most {self.absolute:.2g} nats, {cause} than rounding explains, "
+            f"over {self.evaluations} comparisons"
         ]
+        if self.offenders:
+            lines.append("sites trade density:" if self.invariant else "largest changes by site:")
+            lines += [
+                f"  {name}: {site.change:.2g} nats, of which rounding explains {site.allowance:.1g}"
+                for name, site in self.sites.items()
+            ]
         if not self.invariant:
-            lines.append(f"largest at the group element {self.element}; largest relative change by site:")
-            lines += [f"  {name}: {change:.3g}" for name, change in self.sites.items()]
+            lines.append(f"largest at the group element {self.element}")
+        if self.summed:
+            lines.append(f"summed out: {', '.join(self.summed)}")
+        if self.held:
+            lines.append(f"held fixed: {', '.join(self.held)}")
         return "\n".join(lines)
 
 
@@ -94,7 +118,7 @@ def check_model_invariance(
     representations: Mapping[str, FieldType],
     *args: Any,
     num_samples: int = 3,
-    tolerance: float | None = None,
+    tolerance: float = 0.0,
     elements: Iterable[GroupElement] | None = None,
     **kwargs: Any,
 ) -> InvarianceReport:
@@ -102,8 +126,20 @@ def check_model_invariance(
 
     :math:`u` are the unconstrained latent values, and the log joint counts :math:`\log|\det|` of the maps to the
     constrained ones. Draws of :math:`u` are normal about Pyro's feasible initial values. Every evaluation sees the
-    same subsamples, the same discrete latent values and the same random numbers; scales, masks, observed and factor
-    sites count as they do in inference. Pyro's random state and parameter store are left as they were.
+    same subsamples and the same random numbers; scales, masks, observed and factor sites count as they do in
+    inference. Pyro's random state and parameter store are left as they were.
+
+    Discrete sites of finite support are summed out, as ``TraceEnum_ELBO`` does, whether they are marked for
+    enumeration or hidden from a guide by ``poutine.block`` (or neither): the model has to allow parallel enumeration.
+    Those marked ``infer={"enumerate": None}``, those of infinite support and hidden continuous sites keep one value
+    drawn from their prior; the report names them.
+
+    A change passes where rounding explains it. Site by site it may be four times the sum of two numbers: machine
+    epsilon times the absolute values of the site's terms (those of the Jacobian too, each at least 1 nat), and the
+    largest change seen at values that differ from :math:`u` by rounding, :math:`g^{-1} \cdot (g \cdot u + \delta)`
+    with :math:`\delta` normal, of two epsilons of each field's norm. Sites that change more than that may make up
+    for each other: their changes are added up, and so are their allowances. However large the data, they hide no
+    change of another site.
 
     A passed check is strong evidence, no proof: a term that breaks the symmetry only far from the draws goes unseen.
 
@@ -123,75 +159,168 @@ def check_model_invariance(
     :param representations: field types, without a base space, by latent site; sites left out are invariant.
     :param args: the model's arguments.
     :param num_samples: number of draws.
-    :param tolerance: largest relative change that passes; by default 1e-4 in float32 and 1e-8 in float64.
+    :param tolerance: a change in nats that passes besides rounding, of a site and of the log joint: for symmetries
+        that a model has approximately only, or with constants that are rounded more coarsely than its latent values.
     :param elements: group elements; by default generators of a finite group, and up to 24 of escnn's testing elements
         of a continuous one.
     :param kwargs: the model's keyword arguments.
-    :raises ValueError: sites unknown to the model, sizes that do not fit, unlike gspaces, or no draw at which the log
-        joint is finite.
+    :raises ValueError: sites unknown to the model, sizes that do not fit, unlike gspaces, no draw at which the log
+        joint is finite, or a model that does not run with its discrete sites enumerated.
     """
     validate_representations(representations)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples: expected a positive integer, found {num_samples!r}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a number of nats, 0 or more, found {tolerance!r}")
     store = pyro.get_param_store()
     known = set(store.keys())
     try:
         with torch.no_grad(), preserved_random_state():
-            return _check(model, representations, args, kwargs, num_samples, tolerance, elements)
+            return _check(LogJoint(model, args, kwargs), representations, num_samples, tolerance, elements)
     finally:
         for name in set(store.keys()) - known:
             del store[name]
 
 
 def _check(
-    model: Callable[..., Any],
+    joint: LogJoint,
     representations: Mapping[str, FieldType],
-    args: tuple,
-    kwargs: dict[str, Any],
     num_samples: int,
-    tolerance: float | None,
+    tolerance: float,
     elements: Iterable[GroupElement] | None,
 ) -> InvarianceReport:
-    start = initial_trace(InitMessenger(init_to_feasible)(model), args, kwargs)
-    centre = unconstrained_sites(start)
-    types = site_field_types(representations, {name: value.shape for name, value in centre.items()})
-    single = any(value.dtype != torch.float64 for value in centre.values())
-    tolerance = (1e-4 if single else 1e-8) if tolerance is None else tolerance
+    types = site_field_types(representations, {name: value.shape for name, value in joint.latents.items()})
+    types = {name: types[name] for name in representations}  # the others stay as they are
     chosen = _elements(next(iter(types.values())).fibergroup) if elements is None else list(elements)
-    # One seed for all evaluations: what the model draws besides its replayed sites stays the same.
-    seed = int(torch.randint(2**31, ()))
-    worst, relative, where, count = 0.0, 0.0, None, 0
-    by_site: dict[str, float] = {}
     # Drawn before any evaluation: each of those starts the generators anew.
     spreads = [_SPREADS[index % len(_SPREADS)] for index in range(num_samples)]
-    draws = [{name: value + spread * torch.randn_like(value) for name, value in centre.items()} for spread in spreads]
-    for draw in draws:
-        reference = _site_log_densities(model, start, draw, args, kwargs, seed)
-        size = max(1.0, sum(abs(value) for value in reference.values()))
-        if not math.isfinite(size):
-            continue
-        for element in chosen:
-            moved = {n: act(types[n], element, v.reshape(-1)).reshape(v.shape) for n, v in draw.items()}
-            found = _site_log_densities(model, start, moved, args, kwargs, seed)
-            changes = {name: _nan_to_inf(found[name] - reference[name]) for name in reference}
-            change = abs(_nan_to_inf(math.fsum(found.values()) - math.fsum(reference.values())))
-            count += 1
-            for name, value in changes.items():
-                by_site[name] = max(by_site.get(name, 0.0), abs(value) / size)
-            worst = max(worst, change)
-            if change / size > relative:
-                relative, where = change / size, element
-    if count == 0:
+    draws = [
+        {name: value + spread * torch.randn_like(value) for name, value in joint.latents.items()} for spread in spreads
+    ]
+    orbits = [_Orbit(joint, types, chosen, draw) for draw in draws]
+    orbits = [orbit for orbit in orbits if orbit.is_finite]
+    if not orbits:
         raise ValueError(
             f"model: expected a finite log joint, found none at {num_samples} draws about Pyro's feasible initial "
             "values; check the model's supports, or scale its latent values"
         )
-    ordered = dict(sorted(by_site.items(), key=lambda item: -item[1]))
-    return InvarianceReport(worst, relative, ordered, where, tolerance, count)
+    report, ratio = _judge(joint, orbits, tolerance)
+    if 1 < ratio < _CLEAR:
+        for orbit in orbits:
+            orbit.probe(_CLOSER)
+        report, _ = _judge(joint, orbits, tolerance)
+    return report
+
+
+class _Orbit:
+    """The log joint at a draw, where group elements move it, and at rounding distance from it."""
+
+    def __init__(
+        self,
+        joint: LogJoint,
+        types: Mapping[str, FieldType],
+        elements: list[GroupElement],
+        draw: dict[str, Tensor],
+    ) -> None:
+        self._joint, self._types, self._draw = joint, types, draw
+        self.elements, self.reference = elements, joint(draw)
+        self._probed, self._felt = 0, dict.fromkeys(self.reference, 0.0)
+        self.probe(_PROBES)
+        self.is_finite = all(math.isfinite(site.value + self._felt[name]) for name, site in self.reference.items())
+        if self.is_finite:
+            self._moved = [joint(_moved(types, element, draw)) for element in elements]
+
+    def probe(self, count: int) -> None:
+        """Looks at what rounding of the latent values does to each site."""
+        for index in range(self._probed, self._probed + count):
+            torch.manual_seed(index)  # an evaluation leaves the generator as it was at the last
+            element = self.elements[index % len(self.elements)]
+            for name, site in self._joint(_rounded(self._types, element, self._draw)).items():
+                self._felt[name] = max(self._felt[name], abs(_nan_to_inf(site.value - self.reference[name].value)))
+        self._probed += count
+
+    def changes(self) -> list[list[tuple[float, float]]]:
+        """By element and site, what the element changes and what of it rounding explains."""
+        return [
+            [
+                (
+                    _nan_to_inf(moved[name].value - here.value),
+                    _SAFETY * (self._felt[name] + max(here.rounding, _finite(moved[name].rounding))),
+                )
+                for name, here in self.reference.items()
+            ]
+            for moved in self._moved
+        ]
 
 
 def _nan_to_inf(value: float) -> float:
     return value if math.isfinite(value) else math.inf
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _judge(joint: LogJoint, orbits: list[_Orbit], tolerance: float) -> tuple[InvarianceReport, float]:
+    rows = torch.tensor([row for orbit in orbits for row in orbit.changes()], dtype=torch.float64)
+    elements = [element for orbit in orbits for element in orbit.elements]
+    changes, allowances = rows[..., 0], rows[..., 1] + tolerance
+    sites = {}
+    for name, change, allowance in zip(orbits[0].reference, changes.T.abs(), allowances.T):
+        worst = int((change / allowance).argmax())
+        sites[name] = SiteChange(float(change[worst]), float(allowance[worst]))
+    ratios = _ratios(changes, allowances, tolerance)
+    worst = int(ratios.argmax())
+    report = InvarianceReport(
+        invariant=bool((ratios <= 1).all()),
+        absolute=float(changes.sum(1).abs().max()),
+        sites=dict(sorted(sites.items(), key=lambda item: -item[1].change / item[1].allowance)),
+        element=elements[worst] if ratios[worst] > 1 else None,
+        evaluations=len(elements),
+        summed=joint.summed,
+        held=joint.held,
+    )
+    return report, float(ratios[worst])
+
+
+def _ratios(changes: Tensor, allowances: Tensor, tolerance: float) -> Tensor:
+    """The log joint's changes as multiples of what its sites are allowed; both of shape ``(comparisons, sites)``.
+
+    Sites within their allowance count as unchanged, or rounding of a large site would hide the change of a small one;
+    unless that takes back most of what the others change: then it is no rounding, but density traded with them.
+    """
+    whole, allowed = changes.sum(1), (allowances - tolerance).sum(1)
+    moving = changes.abs() > allowances
+    moved = torch.where(moving, changes, 0.0).sum(1)
+    if whole.square().sum() >= moved.square().sum() / 4:
+        whole, allowed = moved, torch.where(moving, allowances - tolerance, 0.0).sum(1)
+    return whole.abs() / (allowed + tolerance).clamp(min=torch.finfo(allowed.dtype).tiny)
+
+
+def _moved(types: Mapping[str, FieldType], element: GroupElement, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    moved = {}
+    for name, value in values.items():
+        moved[name] = value
+        if name in types:
+            moved[name] = act(types[name], element, value.reshape(-1)).reshape(value.shape)
+    return moved
+
+
+def _rounded(types: Mapping[str, FieldType], element: GroupElement, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """There and back again by a group element, and further rounding of its size field by field."""
+    noisy = {}
+    for name, value in _moved(types, element, values).items():
+        norm = _field_norms(types[name], value) if name in types else value.abs()
+        noisy[name] = value + _NOISE * torch.finfo(value.dtype).eps * norm * torch.randn_like(value)
+    return _moved(types, ~element, noisy)
+
+
+def _field_norms(field_type: FieldType, value: Tensor) -> Tensor:
+    """At each entry the norm of its field."""
+    sizes = torch.tensor([r.size for r in field_type.representations], device=value.device)
+    field = torch.repeat_interleave(torch.arange(len(sizes), device=value.device), sizes)
+    squares = value.new_zeros(len(sizes)).index_add(0, field, value.reshape(-1).square())
+    return squares.sqrt()[field].reshape(value.shape)
 
 
 def _elements(group: Any) -> list[GroupElement]:
@@ -200,33 +329,3 @@ def _elements(group: Any) -> list[GroupElement]:
         return elements
     # A stride prime to the list's structure (rotations, then rotations times a reflection) visits all of it.
     return [elements[(index * len(elements)) // _MAX_ELEMENTS] for index in range(_MAX_ELEMENTS)]
-
-
-def _site_log_densities(
-    model: Callable[..., Any], start: Trace, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any], seed: int
-) -> dict[str, float]:
-    """Log-densities by site at some unconstrained values, every other random choice as in ``start``."""
-    replayed = start.copy()
-    for name, value in values.items():
-        node: Any = dict(replayed.nodes[name])
-        node["value"] = biject_to(node["fn"].support)(value)
-        replayed.nodes[name] = node
-    pyro.set_rng_seed(seed)
-    # Far draws may overflow: then the log joint is not finite and the draw is left out, in silence.
-    with pyro.validation_enabled(False):
-        trace = initial_trace(pyro.poutine.replay(model, trace=replayed), args, kwargs)
-        trace.compute_log_prob()
-    densities = {}
-    site: Any
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        density = site["log_prob_sum"]
-        if name in values and not site["is_observed"]:
-            fn = site["fn"]
-            transform = biject_to(fn.support)
-            jacobian = transform.log_abs_det_jacobian(values[name], site["value"])
-            jacobian = sum_rightmost(jacobian, jacobian.dim() - site["value"].dim() + fn.event_dim)
-            density = density + scale_and_mask(jacobian, site["scale"], site["mask"]).sum()
-        densities[name] = float(density)
-    return densities

@@ -21,6 +21,8 @@ from pyro_equiflow.ops.representations import validate_field_type
 
 __all__ = ["latent_field_type", "preserved_random_state", "validate_representations"]
 
+HIDDEN = "_hidden"  # in a site's ``infer``: hidden from guides by ``poutine.block``
+
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
@@ -68,11 +70,12 @@ def validate_representations(representations: Mapping[str, FieldType]) -> None:
 
 
 def unconstrained_sites(trace: Trace) -> dict[str, Tensor]:
-    """The unconstrained values of a trace's continuous latent sites, in its order."""
+    """The unconstrained values of a trace's continuous latent sites, in its order; those marked hidden left out."""
     values = {}
+    site: Any
     for name, site in trace.iter_stochastic_nodes():
-        fn: Any = site["fn"]
-        if not site_is_subsample(site) and not fn.support.is_discrete:
+        fn = site["fn"]
+        if not site_is_subsample(site) and not fn.support.is_discrete and HIDDEN not in site["infer"]:
             values[name] = biject_to(fn.support).inv(site["value"]).detach()
     return values
 
@@ -123,3 +126,9 @@ def initial_trace(model: Any, args: tuple, kwargs: dict[str, Any]) -> Trace:
     """One trace of the model's sites, hidden from whatever handlers are active outside."""
     with pyro.poutine.block():
         return pyro.poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def plate_nesting(*traces: Trace) -> int:
+    """How many batch dimensions the plates of some traces take."""
+    nodes: Any = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
+    return -min((frame.dim for site in nodes for frame in site["cond_indep_stack"] if frame.vectorized), default=0)
