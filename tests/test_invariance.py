@@ -117,16 +117,17 @@ def test_rounding_is_no_offence(distance, scale, dtype):
 
 @DTYPES
 def test_large_terms_that_cancel(dtype):
-    """A density whose parts are ten times the whole, the same for all data: rounding comes in large steps."""
+    """A density whose parts are ten times the whole, the same for all data: rounding comes in large, rare steps."""
     data = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=dtype) + 0.5
+    space = gspaces.no_base_space(group.o3_group())
 
     def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=dtype), 1.0).to_event(1))
         pyro.sample("y", dist.Gamma(1e4 * z.norm() + 1, 1e4).expand([200]).to_event(1), obs=data)
 
-    for seed in range(4):
+    for seed in (0, 5, 13):  # in float64 the last two need more than the first probes
         pyro.set_rng_seed(seed)
-        assert check_model_invariance(model, VECTOR).invariant
+        assert check_model_invariance(model, {"z": FieldType(space, [space.irrep(1, 1)])}).invariant
 
 
 def test_tolerance_in_nats():

@@ -41,7 +41,7 @@ class SiteChange(NamedTuple):
 
     :ivar change: the absolute change.
     :ivar allowance: four times what rounding of the latent values and of the site's own terms does; see
-        :func:`check_model_invariance`.
+        :func:`check_model_invariance`. The tolerance is in it.
     """
 
     change: float
