@@ -499,10 +499,13 @@ def test_single_precision(name):
 
 
 def test_defaults():
-    assert default_estimator(2) == Exact()
-    assert default_estimator(300) == ByMode(training=RussianRoulette(), evaluation=Exact())
-    large = default_estimator(3000)
-    assert isinstance(large.training, RussianRoulette) and isinstance(large.evaluation, PowerSeries)
+    """Exact up to 16 entries, and outside training up to 1024; beyond, 16 fixed probes."""
+    assert default_estimator(2) == default_estimator(16) == Exact()
+    for size in (17, 300, 1024):
+        assert default_estimator(size) == ByMode(training=RussianRoulette(), evaluation=Exact())
+    for size in (1025, 3000):
+        large = default_estimator(size)
+        assert isinstance(large.training, RussianRoulette) and large.evaluation == PowerSeries(probes=16)
     with pytest.raises(ValueError, match="event_size"):
         default_estimator(0)
 

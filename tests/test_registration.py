@@ -9,6 +9,7 @@ import pytest
 import pyro_equiflow as pe
 from pyro_equiflow import infer, logdet, nn, solvers, transforms
 from pyro_equiflow.registration import register
+from pyro_equiflow.transforms.transformer import Transformer
 
 NAMES = [n for n in transforms.__all__ if "quivariant" in n and not n.endswith("Transform")]
 
@@ -60,11 +61,16 @@ DEFAULTS = {
     "kernel_size": 3,
     "lipschitz": 0.9,
     "log_scale_bound": 3.0,
+    "memory": 5,
     "num_bins": 8,
     "num_levels": 256,
+    "num_quantile_samples": 10_000,
     "on_failure": "raise",
     "padding_mode": "zeros",
+    "probes": 1,
+    "regularization": 1e-12,
     "rounding": 2.0,
+    "rows": 64,
     "spline_bound": 5.0,
     "transformer": "affine",
     "zero_init": False,
@@ -72,15 +78,12 @@ DEFAULTS = {
 
 
 def signatures():
-    for module in (pe, infer, logdet, nn, solvers, transforms):
-        for name in module.__all__:
-            thing = getattr(module, name)
-            parts = (
-                [thing] if inspect.isfunction(thing) else list(vars(thing).values()) if inspect.isclass(thing) else []
-            )
-            for part in (getattr(part, "__func__", part) for part in parts):
-                if inspect.isfunction(part):
-                    yield f"{name}: {part.__name__}", inspect.signature(part)
+    public = [(name, getattr(m, name)) for m in (pe, infer, logdet, nn, solvers, transforms) for name in m.__all__]
+    for name, thing in [*public, ("Transformer", Transformer)]:
+        parts = [thing] if inspect.isfunction(thing) else list(vars(thing).values()) if inspect.isclass(thing) else []
+        for part in (getattr(part, "__func__", part) for part in parts):
+            if inspect.isfunction(part):
+                yield f"{name}: {part.__name__}", inspect.signature(part)
 
 
 def test_a_keyword_has_one_default():

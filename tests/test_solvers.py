@@ -10,11 +10,13 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from pyro_equiflow.errors import ConvergenceError
 from pyro_equiflow.ops.dense import solve_definite
 from pyro_equiflow.solvers import (
+    Adjoint,
     Anderson,
     DenseAdjoint,
     FixedPoint,
     ImplicitAdjoint,
     Solution,
+    Solver,
     UnrolledAdjoint,
     fixed_point,
 )
@@ -229,6 +231,12 @@ def test_empty_batches_and_scalar_events(solver):
     assert empty.value.shape == (0, 3) and empty.steps.shape == (0,)
     scalar = solver.solve(lambda x, index: 0.5 * x + 1, torch.zeros(4, dtype=torch.float64), lipschitz=0.5)
     torch.testing.assert_close(scalar.value, torch.full((4,), 2.0, dtype=torch.float64))
+
+
+def test_interfaces_are_no_solvers():
+    for interface in (Solver, Adjoint):
+        with pytest.raises(TypeError, match="abstract"):
+            interface()
 
 
 # Failure
