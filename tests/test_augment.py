@@ -292,6 +292,8 @@ def test_refusals():
         pe.AugmentedDistribution(flow_of(density), PLANE)
     with pytest.raises(ValueError, match=r"more than the 2 channels .* found \(2,\); build the joint for augment"):
         pe.AugmentedDistribution(normal(PLANE), PLANE)
+    with pytest.raises(TypeError, match="field_type: expected an escnn.nn.FieldType, found str"):
+        pe.AugmentedDistribution(normal(PLANE), "plane")
     image = FieldType(gspaces.rot2dOnR2(4), [gspaces.rot2dOnR2(4).trivial_repr])
     grey = pe.AugmentedDistribution(normal(pe.augment(image, 1), (4, 4)), image)
     with pytest.raises(ValueError, match=r"value: expected events of shape \(1, 4, 4\), .* found \(1, 3, 3\)"):

@@ -17,6 +17,7 @@ from escnn.nn import FieldType
 from pyro import poutine
 from pyro.infer import HMC, MCMC, SVI, Predictive, Trace_ELBO
 from pyro.infer.reparam import NeuTraReparam
+from torch.distributions import constraints
 
 import pyro_equiflow
 from pyro_equiflow.flows import equivariant_flow
@@ -27,6 +28,7 @@ from pyro_equiflow.infer import (
     importance_weighted_bound,
     importance_weights,
 )
+from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.ops.events import act
 from pyro_equiflow.testing import invariance_error
 
@@ -212,6 +214,16 @@ def test_quantiles_repeat_under_the_seed():
     assert median["z"].shape == (3, 2)
     # An invariant guide's median lies at the fixed point of the group: 5 standard errors, 1.25 % of the spread each.
     assert float(median["z"].abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 101])
+def test_quantiles_are_torchs(count):
+    """The ends are the least and the largest value; between two values by a straight line, after the constraint."""
+    values, levels = torch.randn(count, 3, 2, dtype=torch.float64), torch.linspace(0, 1, 8, dtype=torch.float64)
+    found = constrained_quantiles(values, levels, constraints.real)
+    torch.testing.assert_close(found, torch.quantile(values, levels, dim=0))
+    found = constrained_quantiles(values, levels, constraints.positive)
+    torch.testing.assert_close(found, torch.quantile(values.exp(), levels, dim=0))
 
 
 def test_quantiles_of_the_base():

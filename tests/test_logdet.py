@@ -9,6 +9,7 @@ import torch
 from torch.func import jacrev, vmap
 
 from pyro_equiflow.logdet import ByMode, Exact, LogDet, PowerSeries, RussianRoulette, default_estimator
+from pyro_equiflow.logdet.probes import probe_vectors
 
 ESTIMATORS = {
     "exact": Exact(),
@@ -496,6 +497,22 @@ def test_single_precision(name):
     single = ESTIMATORS[name](net, x.float(), [t.float() for t in tensors], lipschitz=C, training=False)
     assert all(t.dtype == torch.float32 for t in single if t is not None)
     torch.testing.assert_close(single.value.double(), exact.value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_probes_are_what_they_are_called(training):
+    """Signs, or normal numbers by their fourth moment; of mean zero and unit covariance either way."""
+    x = torch.zeros(3, 20_000, dtype=torch.float64)
+    for distribution, fourth in (("rademacher", 1.0), ("gaussian", 3.0)):
+        probes = probe_vectors(2, x, distribution, training)
+        assert probes.shape == (2, *x.shape)
+        assert bool((probes.abs() == 1).all()) == (distribution == "rademacher")
+        assert torch.equal(probes[:, 0], probes[:, 1]) != training  # one for all samples, outside training
+        # Five standard errors of the mean of 20,000: moments of order 8 are 105.
+        for power, moment, deviation in ((1, 0.0, 1.0), (2, 1.0, 2**0.5), (4, fourth, 96**0.5)):
+            means = probes.pow(power).mean(-1)
+            assert (means - moment).abs().max() < 5 * deviation / 20_000**0.5
+        assert (probes[0] * probes[1]).mean(-1).abs().max() < 5 / 20_000**0.5
 
 
 def test_defaults():
