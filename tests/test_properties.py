@@ -2,14 +2,16 @@
 """What holds for every transform: the table of cases times the properties."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import cloudpickle
 import pytest
 import torch
 
-from pyro_equiflow import EquivariantImplicit, InvariantNormal, testing
+from pyro_equiflow import EquivariantImplicit, InvariantNormal, Inverse, testing
 from pyro_equiflow.ops.events import act, event_dim, grid_elements
 from tests.cases import BATCH_SHAPES, CASES, DTYPES, ONE_OF_EACH, events
 
@@ -229,6 +231,20 @@ def test_the_inverse_is_a_module(case):
     assert transform.inv is inverse
     assert {id(p) for p in inverse.parameters()} == {id(p) for p in transform.parameters()} != set()
     assert inverse.domain.event_dim == transform.domain.event_dim
+
+
+@pytest.mark.parametrize("case", ["coupling-O2", "residual-C4-plane"])
+def test_one_inverse_while_it_lives(case):
+    transform = CASES[case]()
+    inverse = transform.inv
+    another = Inverse(transform)
+    assert transform.inv is inverse and another.inv is transform
+    gone = weakref.ref(inverse)
+    del inverse
+    gc.collect()
+    assert gone() is None
+    again = transform.inv
+    assert transform.inv is again is not another
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
