@@ -69,7 +69,7 @@ TESTS: dict[str, tuple[str, str]] = {
     ),
     "transforms/coupling.py": (
         "transforms errors transformers pyro_contract properties registration",
-        "(test_transforms or test_errors) and coupling or split or identity_init or context or scales_on or coupling-C4] or default",
+        "(transforms or errors) and coupling or split or identity_init or context or scales_on or coupling-C4] or default",
     ),
     "transforms/iaf.py": (
         "iaf transforms pyro_contract registration",
