@@ -266,7 +266,8 @@ def test_parameters_are_counted():
     wide, narrow = (pe.EquivariantCoupling.conditioner_types(kind, transformer=t)[1] for t in ("spline", "affine"))
     assert wide.size - narrow.size == 23 * 5 + 1
     flow = pe.equivariant_flow(kind, num_transforms=1, transformer="spline", num_bins=3, hidden_dims=(8,))
-    assert [m.transformer for m in flow.modules() if isinstance(m, pe.EquivariantCoupling)] == ["spline"]
+    (coupling,) = [m for m in flow.modules() if isinstance(m, pe.EquivariantCoupling)]
+    assert (coupling.transformer, coupling.log_scale_bound) == ("spline", 3.0)
 
 
 @pytest.mark.parametrize("name", ["C4", "SO2", "C4-plane"])
