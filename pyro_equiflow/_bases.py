@@ -15,8 +15,11 @@ from typing import Any
 
 import escnn.group
 import numpy as np
-from escnn.group import _clebsh_gordan, _numerical, irrep, representation
+from escnn.group import _clebsh_gordan, _numerical, directproduct, irrep, representation
 from escnn.group.groups import ico, o3group, octa, so3group
+
+from pyro_equiflow._elements import candidate_irreps, group_key, probe_elements, walk
+from pyro_equiflow._patching import expected, replace
 
 __all__ = ["install"]
 
@@ -25,20 +28,43 @@ Irreps = list[tuple[tuple, int]]
 
 # ---- the canonical basis --------------------------------------------------------------------
 
-# Constraints from this many generic elements, and a check on as many others: two generic elements
-# already generate a dense subgroup of a connected compact group, the rest meet its components.
-_GENERIC = 4
-# Singular values of the constraint below this are zero. The smallest of the others is about
-# 2 sin(pi / N) for a cyclic group of order N.
+# Singular values of the constraint below this are zero. The smallest of the others is about 2 sin(pi / N) for a cyclic
+# group of order N, 3 over the difference of frequencies for the circle.
 _ZERO = 1e-8
 # Candidates for a pivot whose projections' squared lengths differ by less count as equal, so that
 # rounding never decides between them.
 _TIE = 1e-6
+# The average over a finite group holds all matrices at once; no more than so many numbers.
+_MOST = 50_000_000
 
 
-def _embeddings(
-    rho: Sequence[np.ndarray], psi: Sequence[np.ndarray], endomorphisms: np.ndarray, size: int
-) -> np.ndarray:
+def _null_projector(rho: Sequence[np.ndarray], psi: Sequence[np.ndarray], size: int) -> np.ndarray:
+    r"""The orthogonal projector onto the intertwiners, the null space of :math:`\rho(g) W - W \psi(g)`.
+
+    One element after the other: each leaves less for the next.
+
+    :param rho: matrices of elements that generate the group, ``(size, size)`` each.
+    :param psi: the irrep's matrices at the same elements, ``(d, d)`` each.
+    """
+    d = psi[0].shape[0]
+    null = np.eye(size * d)
+    for a, b in zip(rho, psi):
+        w = null.reshape(size, d, -1)
+        constraint = np.einsum("rs,sim->rim", a, w) - np.einsum("rjm,ji->rim", w, b)
+        _, singular_values, vh = np.linalg.svd(constraint.reshape(size * d, -1), full_matrices=False)
+        null = null @ vh[singular_values < _ZERO].T
+    return null @ null.T
+
+
+def _mean_projector(group: Any, rho: Sequence[np.ndarray], psi: Sequence[np.ndarray], size: int) -> np.ndarray:
+    r"""The same where the group is finite and ``rho`` orthogonal: the mean of :math:`\rho(g) \otimes \psi(g)`."""
+    reached, d = walk(group, probe_elements(group)), psi[0].shape[0]
+    matrices = reached.matrices(rho).reshape(-1, size * size), reached.matrices(psi).reshape(-1, d * d)
+    mean = (matrices[0].T @ matrices[1]) / len(reached.elements)
+    return mean.reshape(size, size, d, d).transpose(0, 2, 1, 3).reshape(size * d, size * d)
+
+
+def _embeddings(projector: np.ndarray, endomorphisms: np.ndarray) -> np.ndarray:
     r"""A basis of the intertwiners :math:`W \psi(g) = \rho(g) W` that depends on their space alone.
 
     The null space of the constraint is known only up to a rotation, which differs from one linear
@@ -46,22 +72,17 @@ def _embeddings(
     matrices the longest (the first of equals) is taken, with all its images under the irrep's
     endomorphisms removed, and again, until nothing is left.
 
-    :param rho: matrices of elements that generate the group, ``(size, size)`` each.
-    :param psi: the irrep's matrices at the same elements, ``(d, d)`` each.
+    :param projector: onto the intertwiners, ``(size d, size d)``.
     :param endomorphisms: a basis of what commutes with the irrep, ``(1, 2 or 4, d, d)``.
     :returns: ``(size, d, m)`` with ``m`` the multiplicity; the ``m`` embeddings are isometries with
         orthogonal images where ``rho`` is orthogonal.
     """
     d = endomorphisms.shape[-1]
-    null = np.eye(size * d)
-    if rho:
-        constraint = np.concatenate([np.kron(a, np.eye(d)) - np.kron(np.eye(size), b.T) for a, b in zip(rho, psi)])
-        _, singular_values, vh = np.linalg.svd(constraint, full_matrices=False)
-        null = vh[singular_values < _ZERO]
-    copies, rest = divmod(null.shape[0], endomorphisms.shape[0])
-    if rest:
+    size = projector.shape[0] // d
+    rank = projector.trace() / endomorphisms.shape[0]
+    copies = round(rank)
+    if abs(rank - copies) > _TIE:
         raise np.linalg.LinAlgError("the constraint does not determine the intertwiners")
-    projector = null.T @ null
     chosen = np.zeros((size, d, copies))
     for copy in range(copies):
         lengths = projector.diagonal()
@@ -74,47 +95,44 @@ def _embeddings(
     return chosen
 
 
-_elements: dict[tuple, tuple[list, list]] = {}
+_products: dict[tuple, list[Any]] = {}
 _matrices: dict[tuple, tuple[list, list]] = {}
 
 
-def _key(group: Any) -> tuple:
-    # escnn's groups compare by value and have no hash.
-    return type(group).__name__, repr(sorted(group._keys.items()))
-
-
-def _constraining(group: Any) -> tuple[list, list]:
-    """Elements that generate the group (a dense part of it), and others to check against."""
-    key = _key(group)
-    if key not in _elements:
-        try:
-            _elements[key] = list(group.generators), []
-        except ValueError:  # a continuous group
-            state = np.random.get_state()
-            np.random.seed(0)
-            try:
-                sample = [group.sample() for _ in range(2 * _GENERIC)]
-            finally:
-                np.random.set_state(state)
-            _elements[key] = sample[:_GENERIC], sample[_GENERIC:]
-    return _elements[key]
+def _at_generators(rho: Callable[[Any], np.ndarray], group: Any) -> tuple[list, list]:
+    """Matrices at elements that generate the group (a dense part of it), and at products of them to check against."""
+    generators, key = probe_elements(group), group_key(group)
+    if key not in _products:
+        _products[key] = [g @ h for g, h in zip(generators, [*generators[1:], generators[0]])]
+    return [np.asarray(rho(g)) for g in generators], [np.asarray(rho(g)) for g in _products[key]]
 
 
 def _irrep_matrices(psi: Any) -> tuple[list, list]:
-    key = (*_key(psi.group), psi.id)
+    key = (*group_key(psi.group), psi.id)
     if key not in _matrices:
-        generating, others = _constraining(psi.group)
-        _matrices[key] = [psi(g) for g in generating], [psi(g) for g in others]
+        _matrices[key] = _at_generators(psi, psi.group)
     return _matrices[key]
 
 
-def _embeddings_of(psi: Any, rho: tuple[list, list], size: int) -> np.ndarray:
-    """The embeddings of an irrep in a representation given on :func:`_constraining` elements."""
-    generating, others = _irrep_matrices(psi)
-    w = _embeddings(rho[0], generating, psi.endomorphism_basis(), size)
-    for a, b in zip(rho[1], others):
+def _embeddings_of(psi: Any, rho: tuple[list, list]) -> np.ndarray:
+    """The embeddings of an irrep in a representation given by :func:`_at_generators`.
+
+    :raises ValueError: matrices that are no representation of the group.
+    """
+    group, (generating, products) = psi.group, _irrep_matrices(psi)
+    size = rho[0][0].shape[0]
+    orthogonal = all(np.abs(a @ a.T - np.eye(size)).max() < _TIE for a in rho[0])
+    if orthogonal and 0 < group.order() * size * size <= _MOST:
+        projector = _mean_projector(group, rho[0], generating, size)
+    else:
+        projector = _null_projector(rho[0], generating, size)
+    w = _embeddings(projector, psi.endomorphism_basis())
+    for a, b in zip([*rho[0], *rho[1]], [*generating, *products]):
         if not np.allclose(np.einsum("rs,sim->rim", a, w), np.einsum("rjm,ji->rim", w, b)):
-            raise _numerical.UnderconstrainedIrrepDecompositionSystem(psi.group, psi.id, _GENERIC)
+            raise ValueError(
+                f"expected the matrices of a representation of {group}, found others: not every product of two "
+                "elements has the product of their matrices"
+            )
     return w
 
 
@@ -122,18 +140,20 @@ def _embeddings_of(psi: Any, rho: tuple[list, list], size: int) -> np.ndarray:
 
 
 def _decompose(rho: Callable[[Any], np.ndarray], group: Any, irreps: Sequence[Any]) -> tuple[np.ndarray, Irreps]:
-    generating, others = _constraining(group)
-    size = rho(group.identity).shape[0]
-    matrices = [rho(g) for g in generating], [rho(g) for g in others]
-    columns, multiplicities = [], []
+    matrices = _at_generators(rho, group)
+    size, found = matrices[0][0].shape[0], 0
+    columns, multiplicities = [np.zeros((size, 0))], []
     for psi in irreps:
-        w = _embeddings_of(psi, matrices, size)
+        w = _embeddings_of(psi, matrices) if found < size else np.zeros((size, psi.size, 0))
         multiplicities.append((psi.id, w.shape[2]))
         columns.append(w.transpose(0, 2, 1).reshape(size, -1))
-    change_of_basis = np.concatenate(columns, axis=1)
-    if change_of_basis.shape[1] < size:
-        raise _numerical.InsufficientIrrepsException(group)
-    return change_of_basis, multiplicities
+        found += columns[-1].shape[1]
+    if found < size:
+        raise ValueError(
+            f"expected the matrices of a representation of {group}, found {size - found} of {size} dimensions that "
+            f"hold none of its irreps {[psi.id for psi in irreps]}; where these were given, give all that occur"
+        )
+    return np.concatenate(columns, axis=1), multiplicities
 
 
 def decompose_representation_finitegroup(
@@ -147,17 +167,31 @@ def decompose_representation_finitegroup(
 def decompose_representation_general(
     representation: Callable[[Any], np.ndarray], group: Any, irreps: list | None = None
 ) -> tuple[np.ndarray, Irreps]:
-    """As escnn's function of that name: irreps in the group's order, only those that occur."""
-    irreps = group.irreps() if irreps is None else irreps
+    """As escnn's function of that name: only irreps that occur, whether built before or not."""
+    irreps = candidate_irreps(group, representation) if irreps is None else irreps
     change_of_basis, multiplicities = _decompose(representation, group, irreps)
     return change_of_basis, [(id, m) for id, m in multiplicities if m]
 
 
 def compute_irrep_embeddings_general(representation: Callable[[Any], np.ndarray], irrep: Any) -> np.ndarray:
     """As escnn's function of that name: ``(size, d, m)``."""
-    generating, others = _constraining(irrep.group)
-    matrices = [representation(g) for g in generating], [representation(g) for g in others]
-    return _embeddings_of(irrep, matrices, representation(irrep.group.identity).shape[0])
+    return _embeddings_of(irrep, _at_generators(representation, irrep.group))
+
+
+def build_regular_representation(group: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """As escnn's function of that name, which multiplies and looks up every pair of elements."""
+    generators = probe_elements(group)
+    reached = walk(group, generators)
+    numbers = {element: number for number, element in enumerate(reached.elements)}
+    order = [numbers[element] for element in group.elements]
+    irreps, columns = [], []
+    for psi in group.irreps():
+        matrices = reached.matrices([psi(g) for g in generators])[order]
+        for copy in range(psi.size // psi.sum_of_squares_constituents):
+            irreps.append(psi)
+            columns.append(matrices[:, :, copy] * np.sqrt(psi.size / group.order()))
+    change_of_basis = np.concatenate(columns, axis=1)
+    return irreps, change_of_basis, change_of_basis.T
 
 
 _tensors: dict[tuple, np.ndarray] = {}
@@ -167,25 +201,28 @@ _decompositions: dict[tuple, Irreps] = {}
 def clebsch_gordan_tensor(J: tuple, l: tuple, j: tuple, group_class: str, **group_keys: Any) -> np.ndarray:
     """As escnn's ``_clebsh_gordan_tensor``: ``(dim J, dim l, multiplicity, dim j)``."""
     group = escnn.group.groups_dict[group_class]._generator(**group_keys)
-    key = (*_key(group), J, l, j)
+    key = (*group_key(group), J, l, j)
     if key not in _tensors:
         first, second, target = (group.irrep(*id) for id in (J, l, j))
-        left, right = _irrep_matrices(first), _irrep_matrices(second)
-        products = (
-            [np.kron(a, b) for a, b in zip(left[0], right[0])],
-            [np.kron(a, b) for a, b in zip(left[1], right[1])],
-        )
-        w = _embeddings_of(target, products, first.size * second.size)
+        products = [np.kron(a, b) for a, b in zip(*(sum(_irrep_matrices(psi), []) for psi in (first, second)))]
+        number = len(products) // 2
+        w = _embeddings_of(target, (products[:number], products[number:]))
         shape = first.size, second.size, target.size, w.shape[2]
         _tensors[key] = w.reshape(shape).transpose(0, 1, 3, 2)
     return _tensors[key].copy()
 
 
 def tensor_decomposition(J: tuple, l: tuple, group_class: str, **group_keys: Any) -> Irreps:
-    """As escnn's ``_find_tensor_decomposition``, kept in memory."""
+    """As escnn's ``_find_tensor_decomposition``, kept in memory; irreps need not have been built before."""
     key = J, l, group_class, repr(sorted(group_keys.items()))
     if key not in _decompositions:
-        _decompositions[key] = _find_tensor_decomposition(J, l, group_class, **group_keys)
+        group = escnn.group.groups_dict[group_class]._generator(**group_keys)
+        first, second = group.irrep(*J), group.irrep(*l)
+        irreps = candidate_irreps(group, lambda g: np.kron(first(g), second(g)))
+        shares = [(psi, group._clebsh_gordan_coeff(first, second, psi).shape[2]) for psi in irreps]
+        if sum(psi.size * m for psi, m in shares) != first.size * second.size:
+            raise ValueError(f"expected all irreps of {group} in {first} x {second}, found {shares}")
+        _decompositions[key] = [(psi.id, m) for psi, m in shares if m]
     return list(_decompositions[key])
 
 
@@ -213,9 +250,9 @@ def clebsch_gordan_tensor_so3(m: int, n: int, j: int) -> np.ndarray:
     return _clebsch_gordan_so3(int(m), int(n), int(j)).copy()
 
 
-def _clebsch_gordan_coefficients_o3(group: Any, m: Any, n: Any, j: Any) -> np.ndarray:
+def _clebsch_gordan_coefficients_o3(self: Any, m: Any, n: Any, j: Any) -> np.ndarray:
     """As O(3)'s ``_clebsh_gordan_coeff``, which calls ``np.zeros`` wrongly where parities do not fit."""
-    first, second, target = (group.irrep(*group.get_irrep_id(i)) for i in (m, n, j))
+    first, second, target = (self.irrep(*self.get_irrep_id(i)) for i in (m, n, j))
     if (first.id[0] + second.id[0]) % 2 != target.id[0]:
         return np.zeros((first.size, second.size, 0, target.size))
     return o3group._clebsh_gordan_tensor_so3(first.id[1], second.id[1], target.id[1])
@@ -227,49 +264,53 @@ def irrep_matrices_from_generators(group: Any, generators: list) -> dict[Any, np
     Its check of every product of two elements, seconds for 60 of them, is left out: the generators
     that escnn passes are constants.
     """
-    matrices = {group.identity: np.eye(generators[0][1].shape[0])}
-    reached = [group.identity]
-    for e in reached:  # grows meanwhile
-        for g, matrix in generators:
-            product = g @ e
-            if product not in matrices:
-                matrices[product] = matrix @ matrices[e]
-                reached.append(product)
-    if len(matrices) != group.order():
-        raise ValueError(f"expected generators of {group}, found {len(matrices)} elements")
-    return matrices
+    reached = walk(group, [g for g, _ in generators])
+    return dict(zip(reached.elements, reached.matrices([matrix for _, matrix in generators])))
+
+
+_elements_of_product = expected(directproduct.DirectProductGroup, "elements").fget
+
+
+def _elements_once(self: Any) -> list[Any] | None:
+    """As the property ``elements`` of a direct product, which multiplies them out for every question, its order too."""
+    if "_elements_once" not in vars(self):
+        self._elements_once = _elements_of_product(self)
+    found: list[Any] | None = self._elements_once
+    return found
 
 
 # ---- put in place -----------------------------------------------------------------------------
 
 
-def _original(function: Any) -> Any:
-    return getattr(function, "func", function)
-
-
-_find_tensor_decomposition = _original(_clebsh_gordan._find_tensor_decomposition)
-
-
 def install() -> None:
-    """Puts the functions above in the places of escnn's."""
+    """Puts the functions above in the places of escnn's.
+
+    :raises ImportError: escnn lacks one of these places.
+    """
     # No basis is kept on disk: computing it takes about as long as reading it, and what is not kept
     # cannot go stale.
-    irrep._restrict_irrep = _original(irrep._restrict_irrep)
-    ico._build_ico_irrep_picklable = _original(ico._build_ico_irrep_picklable)
-    octa._build_octa_irrep_picklable = _original(octa._build_octa_irrep_picklable)
+    for module, name in (
+        (irrep, "_restrict_irrep"),
+        (ico, "_build_ico_irrep_picklable"),
+        (octa, "_build_octa_irrep_picklable"),
+    ):
+        kept = expected(module, name)
+        replace(module, name, getattr(kept, "func", kept))
     for module in (irrep, ico, octa):
-        module.generate_irrep_matrices_from_generators = irrep_matrices_from_generators
-    _clebsh_gordan._clebsh_gordan_tensor = clebsch_gordan_tensor
-    _clebsh_gordan._find_tensor_decomposition = tensor_decomposition
+        replace(module, "generate_irrep_matrices_from_generators", irrep_matrices_from_generators)
+    replace(_clebsh_gordan, "_clebsh_gordan_tensor", clebsch_gordan_tensor)
+    replace(_clebsh_gordan, "_find_tensor_decomposition", tensor_decomposition)
     for module in (_numerical, irrep, representation):
-        module.decompose_representation_finitegroup = decompose_representation_finitegroup
+        replace(module, "decompose_representation_finitegroup", decompose_representation_finitegroup)
     for module in (_numerical, irrep):
-        module.decompose_representation_general = decompose_representation_general
-    _numerical.compute_irrep_embeddings_general = compute_irrep_embeddings_general
+        replace(module, "decompose_representation_general", decompose_representation_general)
+    replace(_numerical, "compute_irrep_embeddings_general", compute_irrep_embeddings_general)
+    replace(directproduct.DirectProductGroup, "elements", property(_elements_once))
+    replace(representation, "build_regular_representation", build_regular_representation)
     # What is left of escnn's own routines stays off scikit-learn's SVD: it is seeded by nothing,
     # and from scikit-learn 1.9 on it refuses escnn's matrices.
-    _numerical.randomized_svd = None
-    o3group.O3._clebsh_gordan_coeff = _clebsch_gordan_coefficients_o3
-    if so3group.py3nj is None:
+    replace(_numerical, "randomized_svd", None)
+    replace(o3group.O3, "_clebsh_gordan_coeff", _clebsch_gordan_coefficients_o3)
+    if expected(so3group, "py3nj") is None:
         for module in (so3group, o3group):
-            module._clebsh_gordan_tensor_so3 = clebsch_gordan_tensor_so3
+            replace(module, "_clebsh_gordan_tensor_so3", clebsch_gordan_tensor_so3)

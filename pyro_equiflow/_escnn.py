@@ -4,16 +4,18 @@
 The bases are computed in ``_bases``.
 """
 
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import joblib
+
+from pyro_equiflow._patching import escnn_version, expected, replace, unlike
 
 __all__: list[str] = []
 
@@ -26,12 +28,37 @@ def _cache_folder() -> str | None:
     if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pyro_equiflow")
     try:
-        folder = Path(root).expanduser() / f"escnn-{version('escnn')}"
+        folder = Path(root).expanduser() / f"escnn-{escnn_version()}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "joblib").mkdir(exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
     return str(folder) if os.access(folder / "joblib", os.W_OK) else None
+
+
+class _Memory(joblib.Memory):
+    """joblib's memory that says in one line what it tells by a traceback: a file of the cache cannot be read.
+
+    A log, not a warning: it must not stop, where warnings are errors, what goes on well.
+    """
+
+    said = False
+    asked = False
+
+    def cache(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked = True
+        function = super().cache(*args, **kwargs)
+        if isinstance(function, joblib.memory.MemorizedFunc):
+            replace(function, "warn", self._say)
+        return function
+
+    def _say(self, msg: str) -> None:
+        if not self.said:
+            self.said = True
+            logging.getLogger("pyro_equiflow").warning(
+                "pyro_equiflow: a file of the cache in %s cannot be read: it is computed anew and written again",
+                self.location,
+            )
 
 
 @contextmanager
@@ -51,7 +78,7 @@ def _redirected(memory: joblib.Memory) -> Iterator[None]:
 
 
 _imported_before = "escnn.group" in sys.modules
-_memory = joblib.Memory(_cache_folder(), verbose=0)
+_memory = _Memory(_cache_folder(), verbose=0)
 try:
     with _redirected(_memory):
         import escnn.group
@@ -102,13 +129,15 @@ class _SparseMatrices:
 # ---- put in place -----------------------------------------------------------------------------
 
 
-_sparse = escnn.group.representation.sparse
+_sparse = expected(escnn.group.representation, "sparse")
 
 
 def _install() -> None:
+    if not _imported_before and not _memory.asked:
+        raise unlike("escnn.group's caches by joblib.Memory(...)", "none")
     if _imported_before:
         for module, name, function in _cached_functions():
-            setattr(module, name, _memory.cache(function.func, ignore=function.ignore))
+            replace(module, name, _memory.cache(function.func, ignore=function.ignore))
         built = sorted(set(_built_groups()))
         if built:
             warnings.warn(
@@ -118,7 +147,7 @@ def _install() -> None:
                 stacklevel=2,
             )
     for module in (escnn.group.group, escnn.group.representation, escnn.nn.field_type):
-        module.sparse = _SparseMatrices()
+        replace(module, "sparse", _SparseMatrices())
     _bases.install()
 
 

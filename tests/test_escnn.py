@@ -148,6 +148,28 @@ def test_bases_are_orthogonal(bases):
             np.testing.assert_allclose(basis.T @ basis, np.eye(len(basis)), atol=1e-12, err_msg=name)
 
 
+def products_of_groups():
+    """Products whose factors have several components each: elements drawn at random may miss some."""
+    from escnn import group
+
+    D3, D6, O2, SO2 = group.dihedral_group(3), group.dihedral_group(6), group.o2_group(), group.so2_group()
+    octa, C2, C3 = group.octa_group(), group.cyclic_group(2), group.cyclic_group(3)
+    return [
+        (group.direct_product(D3, O2), ((1, 1), (1, 2))),
+        (group.direct_product(D6, O2), ((1, 2), (1, 3))),
+        (group.direct_product(octa, SO2), ((3,), (3,))),
+        (group.direct_product(SO2, SO2), ((1,), (2,))),
+        (group.direct_product(SO2, SO2), ((1,), (2,), 1)),
+        (group.direct_product(C3, SO2), ((1,), (1,))),
+        (group.direct_product(O2, O2), ((1, 1), (1, 2))),
+        (group.direct_product(group.o3_group(), C2), ((1, 1), (1,))),
+        (group.direct_product(C2, group.so3_group()), ((1,), (2,))),
+        (group.direct_product(group.direct_product(C2, C2), O2), (((1,), (1,), 0), (1, 1))),
+        (group.double_group(group.so3_group()), ((1,), (1,))),
+        (group.full_ico_group(), ((1,), (4,))),
+    ]
+
+
 def test_tensor_products_are_decomposed():
     from escnn import group
 
@@ -161,13 +183,121 @@ def test_tensor_products_are_decomposed():
         (group.ico_group(), (4,), (1,)),
         (group.full_octa_group(), ((1,), (2,)), ((0,), (1,))),
         (group.cylinder_group(2), ((1,), (1,)), ((0,), (1,))),
+        *((G, psi, psi) for G, psi in products_of_groups()),
     ]:
         first, second = G.irrep(*J), G.irrep(*l)
         product = first.tensor(second)
-        for g in G.testing_elements():
+        state = np.random.get_state()
+        np.random.seed(0)
+        elements = [G.sample() for _ in range(30)]
+        np.random.set_state(state)
+        for g in elements:
             expected = np.kron(first(g), second(g))
             # Representations multiply to 1e-14, escnn's own elements to about 1e-8 (quaternions).
             np.testing.assert_allclose(product(g), expected, atol=1e-7, err_msg=f"{G} {J} {l}")
+
+
+def test_irreps_of_products_are_restricted():
+    for G, id in products_of_groups():
+        if "hedral" in G.name:
+            continue  # of these groups escnn names no subgroup that is the whole
+        psi = G.irrep(*id)
+        state = np.random.get_state()
+        np.random.seed(0)
+        for subgroup_id in (G.subgroup1_id, G.subgroup2_id):
+            subgroup, include, _ = G.subgroup(subgroup_id)
+            restricted = psi.restrict(subgroup_id)
+            for g in [subgroup.sample() for _ in range(10)]:
+                np.testing.assert_allclose(restricted(g), psi(include(g)), atol=1e-7, err_msg=f"{G} {id}")
+        np.random.set_state(state)
+
+
+def test_probes_tell_all_irreps_apart():
+    """Intertwiners between unlike irreps vanish already at the probes, far above rounding; of equal ones all remain."""
+    from escnn import group
+
+    from pyro_equiflow._bases import _at_generators, _embeddings_of
+
+    cases = [
+        (group.so2_group(), [(k,) for k in (0, 1, 2, 54, 55, 143, 144)]),
+        (group.o2_group(), [(0, 0), (1, 0), (1, 1), (1, 88), (1, 89), (1, 144)]),
+        (group.so3_group(), [(l,) for l in range(5)]),
+        (group.o3_group(), [(f, l) for f in range(2) for l in range(4)]),
+        *((G, [psi.id for psi in G.irreps()[:7]]) for G, _ in products_of_groups()),
+    ]
+    for G, ids in cases:
+        for one in ids:
+            rho = _at_generators(G.irrep(*one), G)
+            for other in ids:
+                found = _embeddings_of(G.irrep(*other), rho).shape[2]
+                assert found == (G.irrep(*one).id == G.irrep(*other).id), (G, one, other)
+
+
+def test_what_is_no_representation_is_refused():
+    from escnn import group
+
+    O2 = group.o2_group()
+    with pytest.raises(ValueError, match="expected the matrices of a representation"):
+        _fit().decompose_representation_general(lambda g: O2.irrep(1, 1)(g) ** 3, O2)
+    D3 = group.dihedral_group(3)
+    wrong = {g: D3.irrep(1, 1)(g) @ np.diag([1.0, -1.0]) for g in D3.elements}
+    with pytest.raises(ValueError, match="expected the matrices of a representation"):
+        group.representation.build_from_discrete_group_representation(wrong, "wrong", D3, [])
+
+
+def _fit():
+    from pyro_equiflow._escnn import _bases
+
+    return _bases
+
+
+# Each line of its own would fail, or find irreps in another order, where fewer had been built before.
+ROOM = """
+import sys
+import numpy as np
+import pyro_equiflow._escnn
+from escnn import group, gspaces, nn as enn
+import torch
+from pyro_equiflow.nn import SteerableConv, expand
+
+if sys.argv[1] == "before":
+    group.so2_group(9), group.o2_group(9), group.so3_group(5), group.o3_group(5), group.full_cylinder_group(9)
+    group.o2_group().irrep(1, 11)
+if sys.argv[1] == "out of order":
+    group.o2_group(1).irrep(1, 8), group.o3_group(1).irrep(0, 6), group.so2_group(0).irrep(7)
+out = []
+plane = gspaces.flipRot2dOnR2(-1, 2)
+vectors = enn.FieldType(plane, [plane.irrep(1, 2), plane.irrep(1, 1)])
+conv = SteerableConv(vectors, vectors)
+torch.nn.init.ones_(conv.weight)
+out.append(expand(conv).tensors[0].detach().numpy())
+O2, SO3, O3 = group.o2_group(1), group.so3_group(1), group.o3_group(1)
+for rho in (
+    O2.irrep(1, 4).tensor(O2.irrep(1, 3)),
+    group.full_cylinder_group(1).irrep((1,), (1, 4)).tensor(group.full_cylinder_group(1).irrep((0,), (1, 3))),
+    SO3.irrep(4).restrict((False, -1)),
+    SO3.irrep(4).restrict((True, -1)),
+    O3.irrep(1, 4).restrict(("cone", -1)),
+    O2.induced_representation((None, -1), group.so2_group(0).irrep(6)),
+):
+    out.append(rho.change_of_basis)
+    out.append(np.array(repr(rho.irreps)))
+np.savez(sys.argv[2], *out)
+"""
+
+
+def test_nothing_hangs_on_irreps_built_before(tmp_path):
+    results = []
+    for name in ("nothing", "before", "out of order"):
+        saved = tmp_path / f"{len(results)}.npz"
+        assert python(ROOM, name, saved, cache=tmp_path / "cache") == ""
+        results.append(dict(np.load(saved)))
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            if expected.dtype.kind == "U":
+                assert other[name] == expected
+            else:
+                np.testing.assert_allclose(other[name], expected, atol=1e-12)
 
 
 def test_the_pivot_is_not_rounding():
@@ -178,9 +308,14 @@ def test_the_pivot_is_not_rounding():
 
     G = group.dihedral_group(6)
     rho, psi = G.regular_representation, G.irrep(1, 1)
-    generators = G.generators
-    matrices = [rho(g) for g in generators], [psi(g) for g in generators]
-    expected = _bases._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
+    matrices = [rho(g) for g in G.generators], [psi(g) for g in G.generators]
+
+    def embeddings():
+        return _bases._embeddings(_bases._null_projector(*matrices, rho.size), psi.endomorphism_basis())
+
+    expected = embeddings()
+    mean = _bases._embeddings(_bases._mean_projector(G, *matrices, rho.size), psi.endomorphism_basis())
+    np.testing.assert_allclose(mean, expected, atol=1e-13)
     rng = np.random.default_rng(0)
     svd = np.linalg.svd
 
@@ -193,7 +328,7 @@ def test_the_pivot_is_not_rounding():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.linalg, "svd", rotated_svd)
-        found = _bases._embeddings(*matrices, psi.endomorphism_basis(), rho.size)
+        found = embeddings()
     np.testing.assert_allclose(found, expected, atol=1e-13)
     assert found.shape == (12, 2, 2)
 
@@ -264,6 +399,100 @@ assert escnn.group.irrep.decompose_representation_general is fit._bases.decompos
 def test_groups_built_first_are_warned_of(tmp_path):
     code = "import escnn.group; escnn.group.dihedral_group(4); import pyro_equiflow._escnn"
     assert "Import pyro_equiflow first" in python(code, cache=tmp_path)
+
+
+def test_a_damaged_file_of_the_cache_is_said_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "module.py").write_text(
+        "def squares(n):\n    print('computed')\n    return [i * i for i in range(n)]\n"
+    )
+    code = """
+import logging, warnings
+import pyro.distributions
+warnings.simplefilter("error")
+import pyro_equiflow._escnn as fit
+import module
+squares = fit._memory.cache(module.squares)
+print(squares(3), squares(4))
+"""
+    assert python(code, cache=tmp_path, path=[tmp_path]).count("computed") == 2
+    assert python(code, cache=tmp_path, path=[tmp_path]) == "[0, 1, 4] [0, 1, 4, 9]\n"
+    for damage in (lambda content: content[:-4], lambda content: b"", lambda content: b"garbage"):
+        for file in tmp_path.rglob("output.pkl"):
+            file.write_bytes(damage(file.read_bytes()))
+        damaged = python(code, cache=tmp_path, path=[tmp_path])
+        assert damaged.count("computed") == 2 and "[0, 1, 4] [0, 1, 4, 9]" in damaged
+        said = [line for line in damaged.splitlines() if line != "computed" and "[0" not in line]
+        assert len(said) == 1 and "cannot be read: it is computed anew" in said[0]
+        assert python(code, cache=tmp_path, path=[tmp_path]) == "[0, 1, 4] [0, 1, 4, 9]\n"
+
+
+# ---- what of escnn is replaced is there ---------------------------------------------------------
+
+
+def test_every_patch_misses_loudly():
+    """Each name that is replaced, taken away in turn."""
+    from pyro_equiflow import _patching
+    from pyro_equiflow._escnn import _bases, _install
+
+    replaced = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_bases, "replace", lambda owner, name, new: replaced.append((owner, name)))
+        patch.setattr(_fit_module(), "replace", lambda owner, name, new: replaced.append((owner, name)))
+        patch.setattr(_fit_module(), "_imported_before", False)
+        _install()
+    assert len(replaced) > 20
+    for owner, name in replaced:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(owner, name)
+            if hasattr(owner, name):
+                continue  # inherited: there all the same
+            with pytest.raises(ImportError, match=rf"expected .*{name}.*found none in escnn [\d.]+.*escnn>=1.0.11"):
+                _patching.replace(owner, name, None)
+
+
+def _fit_module():
+    import pyro_equiflow._escnn as fit
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "del escnn.group._numerical.decompose_representation_general",
+        "del escnn.group.groups.octa._build_octa_irrep_picklable",
+        "del escnn.nn.field_type.sparse",
+        "escnn.group._numerical.compute_irrep_embeddings_general = lambda irrep, representation, samples: None",
+    ],
+)
+def test_another_escnn_stops_the_import(tmp_path, change):
+    code = f"""
+import escnn.nn
+{change}
+try:
+    import pyro_equiflow
+except ImportError as error:
+    print(error)
+"""
+    printed = python(code, cache=tmp_path)
+    assert "in escnn 1." in printed and 'pip install "escnn>=1.0.11,<1.1"' in printed
+
+
+def test_an_escnn_distributed_under_another_name(tmp_path):
+    code = """
+import importlib.metadata as metadata
+original = metadata.version
+def version(name):
+    if name == "escnn":
+        raise metadata.PackageNotFoundError(name)
+    return original("escnn") + "+fork" if name == "escnn-fork" else original(name)
+metadata.version = version
+metadata.packages_distributions = lambda: {NAMES}
+import pyro_equiflow._escnn as fit
+print(fit._memory.location)
+"""
+    for names, expected in [("{'escnn': ['escnn-fork']}", "+fork"), ("{}", "escnn-unknown")]:
+        assert python(code.replace("{NAMES}", names), cache=tmp_path).strip().endswith(expected)
 
 
 def test_lie_learn_missing(tmp_path):

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from escnn.group import DirectProductGroup, Group, GroupElement, IrreducibleRepresentation, Representation
+from escnn.group import IrreducibleRepresentation, Representation
 from escnn.gspaces import GSpace
 from escnn.nn import FieldType
+
+from pyro_equiflow._elements import probe_elements
 
 __all__ = [
     "IrrepBlock",
@@ -28,23 +30,6 @@ __all__ = [
 ]
 
 _TOLERANCE = 1e-9
-
-
-def probe_elements(group: Group) -> tuple[GroupElement, ...]:
-    """Elements that decide whether a linear statement holds on the whole group.
-
-    A finite group is decided by its generators. A continuous one by escnn's testing elements: they hold
-    rotations by small angles about every axis and a member of each connected component. A direct product by those
-    of its factors, of which it is made.
-    """
-    if group.order() == 1:
-        return (group.identity,)
-    if group.order() > 0:
-        return tuple(group.generators)
-    if isinstance(group, DirectProductGroup):
-        first, second = probe_elements(group.G1), probe_elements(group.G2)
-        return (*map(group.inclusion1, first), *map(group.inclusion2, second))
-    return tuple(group.testing_elements())
 
 
 @functools.lru_cache(maxsize=4096)
