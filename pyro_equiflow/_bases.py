@@ -194,6 +194,27 @@ def build_regular_representation(group: Any) -> tuple[list[Any], np.ndarray, np.
     return irreps, change_of_basis, change_of_basis.T
 
 
+def build_induced_representation(
+    group: Any, subgroup_id: Any, repr: Any, representatives: list[Any] | None = None
+) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """As escnn's function of that name, which looks among the irreps that happen to be built."""
+    if group.order() < 0:
+        # A subgroup of finite index holds all small rotations, at which the induced representation has the same
+        # frequencies.
+        restricted = group.subgroup(subgroup_id)[2]
+        candidate_irreps(group, lambda g: repr(restricted(g)))
+    return _build_induced_representation(group, subgroup_id, repr, representatives)
+
+
+_build_induced_representation = expected(representation, "build_induced_representation")
+
+
+def _sorted_irreps(self: Any) -> list[Any]:
+    """As the method ``irreps`` of groups; those of a continuous group by their ids, not as they came to be built."""
+    found = list(self._irreps.values())
+    return sorted(found, key=lambda psi: psi.id) if self.continuous else found
+
+
 _tensors: dict[tuple, np.ndarray] = {}
 _decompositions: dict[tuple, Irreps] = {}
 
@@ -305,6 +326,8 @@ def install() -> None:
     for module in (_numerical, irrep):
         replace(module, "decompose_representation_general", decompose_representation_general)
     replace(_numerical, "compute_irrep_embeddings_general", compute_irrep_embeddings_general)
+    replace(representation, "build_induced_representation", build_induced_representation)
+    replace(escnn.group.Group, "irreps", _sorted_irreps)
     replace(directproduct.DirectProductGroup, "elements", property(_elements_once))
     replace(representation, "build_regular_representation", build_regular_representation)
     # What is left of escnn's own routines stays off scikit-learn's SVD: it is seeded by nothing,
