@@ -104,7 +104,8 @@ def walk(group: Any, generators: Sequence[GroupElement]) -> Walk:
     key = (*group_key(group), tuple(map(repr, generators)))
     if key not in _walks:
         numbers = {group.identity: 0}
-        elements, steps, images = [group.identity], [], []
+        elements, steps = [group.identity], []
+        images: list[list[int]] = []
         for before, element in enumerate(elements):  # grows meanwhile
             images.append([])
             for generator, g in enumerate(generators):
