@@ -123,10 +123,9 @@ TESTS: dict[str, tuple[str, str]] = {
     "logdet/series.py": ("logdet", "test_logdet"),
     "infer/autoguide.py": ("infer augment", "test_infer and not demo and not hmc or guide"),
     "infer/evidence.py": ("evidence infer augment registration", "evidence or weights or weigh or chain or default"),
-    "infer/invariance.py": (
-        "infer",
-        "invarian or symmetry or likelihood or jacobian or subsampling or draws or precision",
-    ),
+    "infer/invariance.py": ("invariance infer", "test_invariance or invariant or symmetry or likelihood or draws"),
+    "infer/joint_density.py": ("invariance", "test_invariance"),
+    "infer/enumeration.py": ("invariance", "test_invariance"),
     "infer/latents.py": ("infer augment", "packing or supports or representations or evidence or fields or predictive"),
     "infer/quantiles.py": ("infer augment", "quantile or guide_in_use"),
     "distributions.py": ("distributions", "test_distributions and not space"),

@@ -516,9 +516,12 @@ def test_probes_are_what_they_are_called(training):
 
 
 def test_defaults():
-    """Exact up to 16 entries, and outside training up to 1024; beyond, 16 fixed probes."""
+    """Exact up to 16 entries, and outside training up to 1024; beyond, 16 fixed probes. Up to 128 the constant decides."""
     assert default_estimator(2) == default_estimator(16) == Exact()
-    for size in (17, 300, 1024):
+    for size in (17, 128):
+        by_mode = default_estimator(size)
+        assert by_mode.evaluation == Exact() and by_mode.training not in (Exact(), RussianRoulette())
+    for size in (129, 1024):
         assert default_estimator(size) == ByMode(training=RussianRoulette(), evaluation=Exact())
     for size in (1025, 3000):
         large = default_estimator(size)
