@@ -68,12 +68,12 @@ TESTS: dict[str, tuple[str, str]] = {
         "or implicit-C4-plane] or finite_differences and C4 and not plane or wrong_sign",
     ),
     "transforms/coupling.py": (
-        "transforms errors transformers pyro_contract properties registration",
-        "(transforms or errors) and coupling or split or identity_init or context or scales_on or default",
+        "transforms architecture errors transformers registration",
+        "(transforms or architecture or errors) and coupling or split or identity_init or context or scales_on or default",
     ),
     "transforms/iaf.py": (
-        "iaf transforms pyro_contract registration",
-        "test_iaf or identity_init or [iaf-O2] or [iaf-C4-plane] or default",
+        "iaf architecture transforms pyro_contract registration",
+        "test_iaf or architecture or identity_init or [iaf-O2] or [iaf-C4-plane] or default",
     ),
     "transforms/implicit.py": (
         "errors registration contraction_pyro pyro_contract contraction_gradients flows",

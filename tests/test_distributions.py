@@ -305,3 +305,22 @@ def test_one_number_serves_for_all():
     assert one.expand((3,)).sample().shape == (3, kind.size)
     with pytest.raises(ValueError, match="scale"):
         pe.InvariantNormal(kind, scale=-1.0)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_values_are_checked_as_asked(checked):
+    kind = field_type("C4")
+    unchecked = dist.Normal(torch.zeros(kind.size), 1.0, validate_args=False)
+    base = dist.Independent(unchecked, 1, validate_args=False)
+    bad = torch.zeros(2, kind.size)
+    bad[1, 2] = torch.nan
+    for density in (
+        pe.InvariantNormal(kind, validate_args=checked),
+        pe.OrbitMixture(base, kind, validate_args=checked),
+    ):
+        density.log_prob(bad[0])
+        if checked:
+            with pytest.raises(ValueError, match="within the support"):
+                density.log_prob(bad)
+        else:
+            assert density.log_prob(bad).isnan().tolist() == [False, True]

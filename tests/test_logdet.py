@@ -516,7 +516,7 @@ def test_probes_are_what_they_are_called(training):
 
 
 def test_defaults():
-    """Exact up to 16 entries, and outside training up to 1024; beyond, 16 fixed probes. Up to 128 the constant decides."""
+    """Exact up to 16 entries, and outside training up to 1024; beyond, 16 fixed probes. To 128 constants decide."""
     assert default_estimator(2) == default_estimator(16) == Exact()
     for size in (17, 128):
         by_mode = default_estimator(size)
