@@ -11,6 +11,7 @@ from escnn.nn import FieldType
 
 from pyro_equiflow.nn import MaskedSteerableNet, lipschitz_net, steerable_net
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integer, check_keywords
+from pyro_equiflow.ops.cells import check_cells
 from pyro_equiflow.ops.events import check_event, check_sides, event_dim
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms import (
@@ -200,7 +201,7 @@ def image_flow(
     :param kept: indices of the first level's squeezed fields that go on, see :class:`~pyro_equiflow.MultiScale`.
     :param padding_mode: of the conditioners' convolutions, ``"zeros"`` or ``"circular"``.
     :param kwargs: further keywords of :func:`equivariant_flow`, such as ``linear`` or ``kernel_size``.
-    :raises ValueError: a grid that does not fit the group or the levels, a group that does not permute the grid; else
+    :raises ValueError: an empty grid, one that does not fit the group or the levels, a group that does not permute it; else
         as :func:`equivariant_flow` and :class:`~pyro_equiflow.MultiScale`.
 
     References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), section 3.6;
@@ -210,8 +211,9 @@ def image_flow(
     check_choice("kind", kind, _KINDS)
     check_keywords(image_flow, kwargs, equivariant_flow, *_TAKERS[kind], without=_SET)
     levels, haar = check_integer("levels", levels, 1), check_flag("haar", haar)
+    check_cells(field_type)
     shape = check_sides(shape, event_dim(field_type) - 1, "shape")
-    check_event(torch.empty(field_type.size, *shape, device="meta"), field_type, "image_flow")
+    check_event(torch.empty(field_type.size, *shape, device="meta"), field_type, "shape")
     if any(side % 2**levels for side in shape):
         raise ValueError(
             f"shape: expected side lengths that are multiples of {2**levels} for {levels} levels, found {shape}; pad "

@@ -254,6 +254,8 @@ def test_volumes():
     ((28, 28), {"levels": 3}, "multiples of 8 for 3 levels"),
     ((8, 4), {}, r"expected a grid that .* maps to itself, found \(8, 4\)"),
     ((8,), {}, r"shape: expected 2 side lengths, found \(8,\)"),
+    ((1, 8, 8), {}, r"shape: expected 2 side lengths, found \(1, 8, 8\); .* channels are not among them"),
+    ((0, 0), {}, r"shape: expected a grid of at least one point a side, found \(0, 0\)"),
     ((8, 8), {"levels": 0}, "levels: expected a positive integer, found 0"),
     ((8, 8), {"haar": False}, "take haar=True"),
     ((8, 8), {"kind": "spline"}, "kind: expected one of"),
@@ -265,8 +267,12 @@ def test_wrong_image_flows(shape, options, message):
 
 
 def test_groups_without_a_squeeze():
-    with pytest.raises(ValueError, match="expected a group of quarter turns and flips, .* found C8"):
+    with pytest.raises(ValueError, match="field_type: expected a group of quarter turns and flips, .* found C8"):
         pe.image_flow(gray(gspaces.rot2dOnR2(8)), (8, 8))
+    with pytest.raises(
+        ValueError, match="field_type: expected a type over a 2-D or 3-D grid, .* which has no base space"
+    ):
+        pe.image_flow(gray(gspaces.no_base_space(C4.fibergroup)), (8, 8))
     with pytest.raises(TypeError, match="field_type: expected an escnn.nn.FieldType"):
         pe.image_flow(1, (8, 8))
 

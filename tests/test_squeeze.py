@@ -232,7 +232,12 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"expected a grid that .* found \(4, 6\)"):
         squeeze(torch.randn(2, 1, 4, 6))
     point = gspaces.no_base_space(space.fibergroup)
-    with pytest.raises(ValueError, match="expected a field type over a 2-D or 3-D grid, found"):
+    with pytest.raises(ValueError, match="field_type: expected a type over a 2-D or 3-D grid, found .*no base space"):
         pe.EquivariantSqueeze(enn.FieldType(point, [point.trivial_repr]))
+    with pytest.raises(ValueError, match="field_type: expected a type over a 2-D or 3-D grid, found .*no base space"):
+        pe.MultiScale.types(enn.FieldType(point, [point.trivial_repr]))
+    for direction, channels in ((squeeze, 1), (squeeze.inv, 4)):
+        with pytest.raises(ValueError, match=r"expected a grid of at least one point a side, found \(0, 0\)"):
+            direction(torch.randn(2, channels, 0, 0))
     with pytest.raises(TypeError, match="field_type: expected an escnn.nn.FieldType, found int"):
         pe.EquivariantSqueeze(4)

@@ -18,10 +18,10 @@ from escnn.nn import FieldType
 from pyro_equiflow.ops.events import on_grid, signed_permutation
 from pyro_equiflow.ops.representations import is_permutation, validate_field_type
 
-__all__ = ["squeezed_type"]
+__all__ = ["check_cells", "squeezed_type"]
 
 
-def squeezed_type(field_type: FieldType, haar: bool, owner: str) -> tuple[FieldType, np.ndarray]:
+def squeezed_type(field_type: FieldType, haar: bool) -> tuple[FieldType, np.ndarray]:
     r"""The field type after a squeeze, and the basis it is written in.
 
     :param field_type: that of the event, over a grid that the whole group permutes.
@@ -30,25 +30,33 @@ def squeezed_type(field_type: FieldType, haar: bool, owner: str) -> tuple[FieldT
         with sites in the order of the array.
     :raises ValueError: no base space, or elements of the group that do not permute the grid.
     """
-    _check(field_type, owner)
+    check_cells(field_type)
     sites = _site_matrices(field_type)
     parts = _haar_parts(field_type, sites) if haar else _site_parts(field_type, sites)
     fields = [field for field, _ in parts]
     return FieldType(field_type.gspace, fields), np.concatenate([rows for _, rows in parts])
 
 
-def _check(field_type: FieldType, owner: str) -> None:
+def check_cells(field_type: FieldType) -> None:
+    """Raises unless the type's group permutes the cells of its grid, and the sites inside them.
+
+    :raises TypeError: not a field type.
+    :raises ValueError: no base space, or elements of the group that do not permute the grid.
+    """
     validate_field_type(field_type)
     if field_type.gspace.dimensionality == 0:
-        raise ValueError(f"{owner}: expected a field type over a 2-D or 3-D grid, found {field_type} on a point")
+        raise ValueError(
+            f"field_type: expected a type over a 2-D or 3-D grid, found {field_type}, which has no base space; take "
+            "one of escnn.gspaces on R^2 or R^3, such as gspaces.rot2dOnR2(4)"
+        )
     group = field_type.fibergroup
     outside = [g for g in group.elements if not on_grid(field_type, g)] if group.order() > 0 else None
     if outside or outside is None:
         count = "infinitely many" if outside is None else len(outside)
         raise ValueError(
-            f"{owner}: expected a group of quarter turns and flips, which permute the sites of a cell, found {group} "
-            f"with {count} elements that do not: under them the channels of a cell have no representation. Take a "
-            "subgroup, such as C_4 (gspaces.rot2dOnR2(4)) or D_4 (gspaces.flipRot2dOnR2(4)), or no squeeze"
+            "field_type: expected a group of quarter turns and flips, which permute the sites of a cell, found "
+            f"{group} with {count} elements that do not: under them the channels of a cell have no representation. "
+            "Take a subgroup, such as C_4 (gspaces.rot2dOnR2(4)) or D_4 (gspaces.flipRot2dOnR2(4)), or no squeeze"
         )
 
 

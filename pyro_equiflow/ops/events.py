@@ -73,6 +73,8 @@ def check_event(
 
 
 def _check_grid(spatial: torch.Size, field_type: FieldType, owner: str) -> None:
+    if 0 in spatial:
+        raise ValueError(f"{owner}: expected a grid of at least one point a side, found {tuple(spatial)}")
     if len(set(spatial)) == 1:
         return
     for element in grid_elements(field_type):
@@ -92,7 +94,10 @@ def check_sides(spatial_shape: Sequence[int], dimensions: int, name: str = "spat
     """
     sides = check_integers(name, spatial_shape, 0)
     if len(sides) != dimensions:
-        raise ValueError(f"{name}: expected {dimensions} side lengths, found {sides}")
+        raise ValueError(
+            f"{name}: expected {dimensions} side lengths, found {sides}; the grid of the field type has {dimensions} "
+            "dimensions, and channels are not among them"
+        )
     return sides
 
 

@@ -61,7 +61,7 @@ class EquivariantSqueeze(EquivariantTransform):
 
     def __init__(self, field_type: enn.FieldType, *, haar: bool = False, cache_size: int = 1) -> None:
         haar = check_flag("haar", haar)
-        out_type, matrix = squeezed_type(field_type, haar, type(self).__name__)
+        out_type, matrix = squeezed_type(field_type, haar)
         super().__init__(field_type, out_type=out_type, cache_size=cache_size)
         self.haar = haar
         self._spatial_dims = self.event_dim - 1
