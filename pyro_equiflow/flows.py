@@ -201,8 +201,8 @@ def image_flow(
     :param kept: indices of the first level's squeezed fields that go on, see :class:`~pyro_equiflow.MultiScale`.
     :param padding_mode: of the conditioners' convolutions, ``"zeros"`` or ``"circular"``.
     :param kwargs: further keywords of :func:`equivariant_flow`, such as ``linear`` or ``kernel_size``.
-    :raises ValueError: an empty grid, one that does not fit the group or the levels, a group that does not permute it; else
-        as :func:`equivariant_flow` and :class:`~pyro_equiflow.MultiScale`.
+    :raises ValueError: an empty grid, one that does not fit the group or levels, a group that does not permute it;
+        else as :func:`equivariant_flow` and :class:`~pyro_equiflow.MultiScale`.
 
     References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), section 3.6;
     Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649).
