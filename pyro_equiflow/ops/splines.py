@@ -6,8 +6,11 @@ On a bin of width :math:`w` and height :math:`h`, with :math:`\delta = h / w`, s
 
 .. math:: h\, \frac{\delta \xi^2 + d\, \xi (1 - \xi)}{\delta + (d + e - 2 \delta)\, \xi (1 - \xi)}.
 
-All of :math:`\delta, d, e` are positive, so it is monotone and has one derivative at the knots. Every formula here is a
-sum of positive terms: nothing cancels, forth or back, in either precision.
+All of :math:`\delta, d, e` are positive, so it is monotone and has one derivative at the knots. Places, log-slopes and
+radial factors are sums of positive terms: nothing cancels, forth or back, in either precision. On the interval what is
+given is :math:`f(x) - x`, made of differences from the identity that are exactly 0 for raw zeros: :math:`x` may be
+known better than its distance from an end of the interval, and what is added to it is as small as the spline is near
+the identity.
 
 References: Gregory and Delbourgo, *Piecewise Rational Quadratic Interpolation to Monotonic Data* (IMA Journal of
 Numerical Analysis 2, 1982); Durkan, Bekasov, Murray and Papamakarios, *Neural Spline Flows* (arXiv 1906.04032),
@@ -20,7 +23,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["MIN_BIN", "UnitSpline", "num_spline_parameters"]
@@ -28,8 +30,8 @@ __all__ = ["MIN_BIN", "UnitSpline", "num_spline_parameters"]
 #: The least width and height of a bin and the least slope of a knot.
 MIN_BIN = 1e-2
 
-# The raw slope 0 is the slope 1.
-_SLOPE_OFFSET = math.log(math.e - 1)
+# Beyond it a softplus is its argument, in either precision.
+_LINEAR = 40.0
 
 
 def num_spline_parameters(num_bins: int) -> int:
@@ -38,7 +40,9 @@ def num_spline_parameters(num_bins: int) -> int:
 
 
 class _Piece(NamedTuple):
-    """Of the bin where a value lies: its number, left ends, width, height, and slopes at both ends."""
+    """Of the bin where a value lies: its number, left ends, width, height, slopes at both ends; all that once more as
+    differences from the identity, right to their own last digits: bottom - left, height - width, slopes - 1.
+    """
 
     number: Tensor
     left: Tensor
@@ -47,6 +51,10 @@ class _Piece(NamedTuple):
     height: Tensor
     slope: Tensor
     next_slope: Tensor
+    lift: Tensor
+    excess: Tensor
+    bend: Tensor
+    next_bend: Tensor
 
 
 class UnitSpline:
@@ -65,76 +73,59 @@ class UnitSpline:
         self.num_bins = num_bins
         lengths, self._slopes = raw.movedim(dim, 0).split([2 * num_bins, num_bins - 1])
         lengths = lengths.unflatten(0, (2, num_bins))
-        # Softmaxes are divided by their totals last, when only what belongs to one bin is left.
-        self._exponentials = (lengths - lengths.detach().amax(1, keepdim=True)).exp()
-        self._totals = self._exponentials.sum(1)
+        # Of softmaxes their differences from the mean, by exponentials less one: right to the last digit where all are
+        # nearly equal. Divided by totals last, when only what belongs to one bin is left.
+        mean = lengths.detach().logsumexp(1, keepdim=True) - math.log(num_bins)
+        self._growths = (lengths - mean).expm1()
+        sums = self._growths.sum(1)
+        self._means, self._scales = sums / num_bins, (1 - num_bins * MIN_BIN) / (num_bins + sums)
 
     def _piece(self, values: Tensor, by: int) -> _Piece:
         """The bins of some values among widths (0) or heights (1)."""
-        count, shared = self.num_bins, 1 - self.num_bins * MIN_BIN
+        count = self.num_bins
         with torch.no_grad():
             number = torch.arange(count, dtype=values.dtype, device=values.device).view(-1, *values.dim() * (1,))
-            ends = self._exponentials[by].cumsum(0)[:-1] * (shared / self._totals[by]) + MIN_BIN * (number[:-1] + 1)
-            index = (values >= ends).sum(0, keepdim=True)
+            before = number[:-1] + 1
+            sums = self._growths[by].cumsum(0)[:-1] - before * self._means[by]
+            index = (values >= before / count + self._scales[by] * sums).sum(0, keepdim=True)
             below = (number < index).to(values.dtype)
-        own = self._exponentials.gather(1, index.expand(2, *index.shape))[:, 0]
-        width, height = (MIN_BIN + shared * own / self._totals).unbind()
+        own = self._growths.gather(1, index.expand(2, *index.shape))[:, 0]
         index = index[0]
-        before = MIN_BIN * index.to(values.dtype)
-        left, bottom = (before + shared * (self._exponentials * below).sum(1) / self._totals).unbind()
-        return _Piece(index, left, bottom, width, height, self._slope(index - 1), self._slope(index))
+        before = index.to(values.dtype)
+        shares = self._scales * (own - self._means)
+        starts = self._scales * ((self._growths * below).sum(1) - before * self._means)
+        (left, bottom), (width, height) = before / count + starts, 1 / count + shares
+        bend, next_bend = self._bend(index - 1), self._bend(index)
+        lift, excess = starts[1] - starts[0], shares[1] - shares[0]
+        return _Piece(index, left, bottom, width, height, 1 + bend, 1 + next_bend, lift, excess, bend, next_bend)
 
-    def _slope(self, knot: Tensor) -> Tensor:
-        """The slope at an inner knot, counted from 0; 1 at the ends."""
+    def _bend(self, knot: Tensor) -> Tensor:
+        """The slope at an inner knot, counted from 0, less 1; 0 at the ends."""
         inner = knot.clamp(0, self.num_bins - 2)
-        raw = self._slopes.gather(0, inner.unsqueeze(0))[0]
-        return MIN_BIN + (1 - MIN_BIN) * F.softplus(torch.where(knot == inner, raw, 0.0) + _SLOPE_OFFSET)
+        raw = torch.where(knot == inner, self._slopes.gather(0, inner.unsqueeze(0))[0], 0.0)
+        # softplus(raw + log(e - 1)) - 1, which loses no digits near 0
+        bend = ((1 - 1 / math.e) * raw.clamp(max=_LINEAR).expm1()).log1p() + (raw - _LINEAR).clamp(min=0)
+        return (1 - MIN_BIN) * bend
 
     # ---- on the interval --------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`f(x)` and :math:`\log f'(x)`; the identity outside of the unit interval."""
+        r""":math:`f(x) - x` and :math:`\log f'(x)`; both 0 outside of the unit interval."""
         inside = (x >= 0) & (x <= 1)
-        return self._elsewhere(inside, x, *self._rise(*self._found(x, inside, 0)))
+        # A value in the interval stands for one outside: derivatives of what is thrown away have to be finite too.
+        x = torch.where(inside, x, 0.5)
+        piece = self._piece(x, 0)
+        place = (x - piece.left) / piece.width
+        change, log_slope = _change(place, 1 - place, piece)
+        return torch.where(inside, change, 0.0), torch.where(inside, log_slope, 0.0)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`f^{-1}(y)` and :math:`\log (f^{-1})'(y)`; the identity outside of the unit interval."""
+        r""":math:`f^{-1}(y) - y` and :math:`\log (f^{-1})'(y)`; both 0 outside of the unit interval."""
         inside = (y >= 0) & (y <= 1)
-        return self._elsewhere(inside, y, *self._fall(*self._found(y, inside, 1)))
-
-    def _found(self, values: Tensor, inside: Tensor, by: int) -> tuple[Tensor, _Piece]:
-        # A value in the interval stands for one outside: derivatives of what is thrown away have to be finite too.
-        values = torch.where(inside, values, 0.5)
-        return values, self._piece(values, by)
-
-    @staticmethod
-    def _elsewhere(inside: Tensor, x: Tensor, y: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
-
-    @staticmethod
-    def _rise(x: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
-        place = (x - piece.left) / piece.width
-        rise, log_slope = _rational(place, 1 - place, piece)
-        return piece.bottom + piece.height * rise, log_slope
-
-    @staticmethod
-    def _fall(y: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
-        r"""The quadratic equation's root, with its discriminant as a sum of squares.
-
-        With :math:`\eta` the share of the height and :math:`u = d (1 - \eta) - e \eta` the discriminant is :math:`u^2
-        + 4 \delta^2 \eta (1 - \eta)`.
-        """
-        delta = piece.height / piece.width
-        share = (y - piece.bottom) / piece.height
-        rest = 1 - share
-        u = piece.slope * rest - piece.next_slope * share
-        lower = u >= 0
-        root = (u * u + 4 * delta * delta * share * rest).sqrt() + torch.where(lower, u, -u)
-        numerator = torch.where(lower, 2 * delta * share, root)
-        denominator = torch.where(lower, root, 2 * delta * rest)
-        place, complement = numerator / (numerator + denominator), denominator / (numerator + denominator)
-        _, log_slope = _rational(place, complement, piece)
-        return piece.left + piece.width * place, -log_slope
+        y = torch.where(inside, y, 0.5)
+        piece = self._piece(y, 1)
+        change, log_slope = _change(*_place(y, piece), piece)
+        return torch.where(inside, -change, 0.0), torch.where(inside, -log_slope, 0.0)
 
     # ---- along a radius -----------------------------------------------------------------------------------------
 
@@ -163,8 +154,9 @@ class UnitSpline:
         place = torch.where(first, radius / piece.width, 0.0)
         square = torch.where(first, squares / piece.width.square(), 0.0)
         near, near_log_slope = _near_origin(a, slope, place, square)
-        image, log_slope = self._rise(radius, piece)
-        far = image / torch.where(first, 1.0, radius)
+        beyond = (radius - piece.left) / piece.width
+        numerator, denominator, log_slope = _rational(beyond, 1 - beyond, piece)
+        far = (piece.bottom + piece.height * numerator / denominator) / torch.where(first, 1.0, radius)
         factor, log_slope = torch.where(first, near, far), torch.where(first, near_log_slope, log_slope)
         return torch.where(inside, factor, 1.0), torch.where(inside, log_slope, 0.0)
 
@@ -187,20 +179,53 @@ class UnitSpline:
         root = (u * u + 4 * (1 + a).square() * share * (1 - share)).sqrt()
         shrink = 1 / (1 + 2 * a * t2 / (root + 1 + a * t))
         near, near_log_slope = _near_origin(a, slope, t * shrink, t2 * shrink.square())
-        preimage, log_slope = self._fall(radius, piece)
-        far = preimage / torch.where(first, 1.0, radius)
-        factor, log_slope = torch.where(first, 1 / near, far), torch.where(first, -near_log_slope, log_slope)
+        place, complement = _place(radius, piece)
+        *_, log_slope = _rational(place, complement, piece)
+        far = (piece.left + piece.width * place) / torch.where(first, 1.0, radius)
+        factor, log_slope = torch.where(first, 1 / near, far), torch.where(first, -near_log_slope, -log_slope)
         return torch.where(inside, factor, 1.0), torch.where(inside, log_slope, 0.0)
 
 
-def _rational(place: Tensor, complement: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
-    """The rise as a share of the bin's height, and the log-slope, at a place in the bin."""
-    delta = piece.height / piece.width
+def _rational(place: Tensor, complement: Tensor, piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
+    """The rise as a share of the bin's height is the quotient of the first two; and the log-slope."""
+    delta, start, end = piece.height / piece.width, piece.slope, piece.next_slope
     square, cross, rest = place * place, place * complement, complement * complement
-    denominator = delta * (square + rest) + (piece.slope + piece.next_slope) * cross
-    rise = (delta * square + piece.slope * cross) / denominator
-    slope = piece.next_slope * square + 2 * delta * cross + piece.slope * rest
-    return rise, (slope * (delta / denominator).square()).log()
+    denominator = delta * (square + rest) + (start + end) * cross
+    slope = end * square + 2 * delta * cross + start * rest
+    log_slope = (slope * (delta / denominator).square()).log()
+    return place * (delta * place + start * complement), denominator, log_slope
+
+
+def _change(place: Tensor, complement: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+    r""":math:`f(x) - x` at a place in the bin, and the log-slope.
+
+    The bin's lift, and :math:`w \xi` times what :math:`\delta (\delta \xi + d (1 - \xi))` is more than the denominator,
+    as a share of it. Where the two are close that is made of differences from the identity, with :math:`\epsilon =
+    \delta - 1`: :math:`\delta (\epsilon \xi + (d - 1)(1 - \xi)) - ((d - 1) + (e - 1) - 2 \epsilon)\, \xi (1 - \xi)`.
+    """
+    numerator, denominator, log_slope = _rational(place, complement, piece)
+    delta, stretch, start, end = piece.height / piece.width, piece.excess / piece.width, piece.bend, piece.next_bend
+    near = delta * (stretch * place + start * complement) - (start + end - 2 * stretch) * (place * complement)
+    whole = delta * numerator - place * denominator
+    close = whole.abs() < 0.25 * place * denominator
+    return piece.lift + piece.width * torch.where(close, place * near, whole) / denominator, log_slope
+
+
+def _place(y: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+    r"""The place in the bin where the spline is ``y``, and its complement.
+
+    The quadratic equation's root, its discriminant as a sum of squares: with :math:`\eta` the share of the height and
+    :math:`u = d (1 - \eta) - e \eta` it is :math:`u^2 + 4 \delta^2 \eta (1 - \eta)`.
+    """
+    delta = piece.height / piece.width
+    share = (y - piece.bottom) / piece.height
+    rest = 1 - share
+    u = piece.slope * rest - piece.next_slope * share
+    lower = u >= 0
+    root = (u * u + 4 * delta * delta * share * rest).sqrt() + torch.where(lower, u, -u)
+    numerator = torch.where(lower, 2 * delta * share, root)
+    denominator = torch.where(lower, root, 2 * delta * rest)
+    return numerator / (numerator + denominator), denominator / (numerator + denominator)
 
 
 def _root(squares: Tensor) -> Tensor:

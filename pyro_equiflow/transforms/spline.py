@@ -98,8 +98,9 @@ class BlockSpline(BlockMap):
     def _pointwise(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         spline, bound = UnitSpline(raw, self.num_bins, -2 - self.spatial_dims), self.spline_bound
         unit = (x + bound) / (2 * bound)
-        y, log_slope = spline.inverse(unit) if inverse else spline.forward(unit)
-        return 2 * bound * y - bound, log_slope.flatten(-1 - self.spatial_dims).sum(-1)
+        change, log_slope = spline.inverse(unit) if inverse else spline.forward(unit)
+        # Of small values the way to the unit interval and back would lose all digits.
+        return x + 2 * bound * change, log_slope.flatten(-1 - self.spatial_dims).sum(-1)
 
     def _radial(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         spline = UnitSpline(raw, self.num_bins, -2 - self.spatial_dims)
