@@ -12,7 +12,7 @@ from pyro_equiflow import (
 from pyro_equiflow import transforms as _transforms
 from pyro_equiflow.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions import InvariantNormal, OrbitMixture
-from pyro_equiflow.errors import ConvergenceError, EquivarianceError
+from pyro_equiflow.errors import ConvergenceError, EquivarianceError, PrecisionWarning
 from pyro_equiflow.flows import equivariant_flow, image_flow
 from pyro_equiflow.images import LogitTransform, bits_per_dim, dequantize
 from pyro_equiflow.infer import *  # noqa: F403
@@ -30,6 +30,7 @@ __all__ = [
     "LogitTransform",
     "MeanFreePositions",
     "OrbitMixture",
+    "PrecisionWarning",
     "__version__",
     "augment",
     "bits_per_dim",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConvergenceError", "EquivarianceError"]
+__all__ = ["ConvergenceError", "EquivarianceError", "PrecisionWarning"]
 
 
 class ConvergenceError(RuntimeError):
@@ -35,4 +35,23 @@ class EquivarianceError(ValueError):
         Traceback (most recent call last):
             ...
         pyro_equiflow.errors.EquivarianceError: the model does not have the declared symmetry. Sites that change: z. ...
+    """
+
+
+class PrecisionWarning(RuntimeWarning):
+    """Single precision does not determine a result: the message says for how many events, how far, and what to change.
+
+    Example::
+
+        >>> import torch, warnings
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import PrecisionWarning, equivariant_linear
+        >>> space = gspaces.no_base_space(group.so2_group())
+        >>> steep = equivariant_linear(enn.FieldType(space, 2 * [space.trivial_repr]))
+        >>> steep.weight.data = torch.tensor([0.0, 9.0, 9.0, 0.0])  # stretches by exp(9) and exp(-9)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     x = steep.inv(steep(torch.ones(1, 2)).detach().clone())
+        >>> print(caught[0].message)
+        EquivariantLinear: float32 does not determine the inverse to 0.0001 for 1 of 1 events: ...
     """

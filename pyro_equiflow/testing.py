@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Transform
 from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.events import act, check_element, check_event, event_dim, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.rounding import rounding_error
 
 __all__ = [
     "TOLERANCES",
@@ -33,6 +34,7 @@ __all__ = [
     "invariance_error",
     "inverse_error",
     "log_det_error",
+    "rounding_error",
 ]
 
 #: Largest error by property and dtype; ``"equivariance"`` on grids in float64 allows for escnn's sampling.

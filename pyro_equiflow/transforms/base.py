@@ -23,6 +23,7 @@ from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.support import real_events
 from pyro_equiflow.ops.tracing import full_precision, is_traced
+from pyro_equiflow.transforms.precision import PrecisionWatch
 
 __all__ = ["Deferred", "EquivariantTransform", "check_finite"]
 
@@ -102,6 +103,7 @@ class EquivariantTransform(TransformModule):
         self.out_type = field_type if out_type is None else out_type
         self._entry: _Entry | None = None
         self._inverse_ref: weakref.ref | None = None
+        self._watch, self._inverse_watch = PrecisionWatch("image"), PrecisionWatch("inverse")
 
     @property
     def training(self) -> bool:
@@ -163,6 +165,7 @@ class EquivariantTransform(TransformModule):
         self._check(x)
         y, ladj = self._call_and_ladj(x)
         y = y.contiguous()  # inside, channels may be outermost in memory
+        self._watch(self, self._call, x, y, _optimizer_steps)
         self._remember(x, y, ladj, product=y)
         return y, ladj
 
@@ -182,6 +185,7 @@ class EquivariantTransform(TransformModule):
         self._check(y, self.out_type)
         x, ladj = self._inverse_and_ladj(y)
         x = x.contiguous()
+        self._inverse_watch(self, self._inverse, y, x, _optimizer_steps)
         self._remember(x, y, -ladj, product=x)
         return x, ladj
 
@@ -203,6 +207,7 @@ class EquivariantTransform(TransformModule):
         self._check(x)
         y, ladj = self._call_deferred(x)
         y = y.contiguous()
+        self._watch(self, self._call, x, y, _optimizer_steps)
         self._remember(x, y, ladj, product=y)
         return y
 
@@ -224,6 +229,7 @@ class EquivariantTransform(TransformModule):
         self._check(y, self.out_type)
         x, ladj = self._inverse_deferred(y)
         x = x.contiguous()
+        self._inverse_watch(self, self._inverse, y, x, _optimizer_steps)
         self._remember(x, y, lambda: -ladj(), product=x)
         return x
 

@@ -22,6 +22,7 @@ from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
 from pyro_equiflow.solvers.iteration import OnFailure
 from pyro_equiflow.transforms.base import Deferred
 from pyro_equiflow.transforms.conditional import ConditionableTransform, with_context_fields
+from pyro_equiflow.transforms.precision import Solved
 
 __all__ = ["ContractionTransform", "lipschitz_nets"]
 
@@ -109,7 +110,7 @@ def lipschitz_nets(
     ]
 
 
-class ContractionTransform(ConditionableTransform):
+class ContractionTransform(Solved, ConditionableTransform):
     r"""What transforms made of maps :math:`x + F(x)`, :math:`\operatorname{Lip}(F) \le c < 1`, have in common.
 
     A subclass holds its networks, made by ``_conditioner``, and lists them in ``_steps``; both directions, the

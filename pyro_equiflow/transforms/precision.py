@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What float32 does not determine is not returned in silence."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor
+
+from pyro_equiflow.errors import PrecisionWarning
+from pyro_equiflow.ops.rounding import rounding_error
+from pyro_equiflow.ops.tracing import is_traced
+
+__all__ = ["TOLERANCE", "PrecisionWatch", "Solved"]
+
+#: Relative error of an event beyond which closed transforms say so.
+TOLERANCE = 1e-4
+
+# A look costs a pass: one call in so many where nothing else asks for it.
+_EVERY = 16
+
+
+class Solved:
+    """Mixed into transforms that solve for their inverses, and certify the error."""
+
+
+class PrecisionWatch:
+    """Looks at what a closed transform and its copies give, and warns where float32 does not determine it.
+
+    A look costs a second pass without gradients. Looked at are the first call; a batch at least twice as large as
+    those before, or that reaches half as far again; every sixteenth call; and without gradients the first call after a
+    change of the parameters, and all calls while results are found wanting.
+
+    :param name: what is looked at.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls, self._largest, self._farthest, self._wanting = 0, 0, 0.0, False
+        self._made_of: tuple[int, ...] = ()
+
+    def __call__(
+        self, transform: TransformModule, function: Callable[[Tensor], Tensor], x: Tensor, image: Tensor, step: int
+    ) -> None:
+        """Warns where what a function gives is not determined to :data:`TOLERANCE`.
+
+        :param transform: the :class:`~pyro_equiflow.transforms.base.EquivariantTransform` whose function it is.
+        :param step: a number that changes where parameters may have changed without a trace in themselves.
+        """
+        if x.dtype != torch.float32 or not image.numel() or x.is_meta or is_traced():
+            return
+        reach = float(x.detach().abs().amax())
+        if not self._due(transform, image.numel(), reach, step):
+            return
+        # What is solved has a certified error of its own.
+        if any(isinstance(part, Solved) for part in transform.modules()):
+            return
+        self._calls, self._largest, self._farthest = 0, max(self._largest, image.numel()), max(self._farthest, reach)
+        error = rounding_error(function, x, transform.event_dim, image=image)
+        wrong = ~(error <= TOLERANCE)  # and so is what is not a number
+        self._wanting = bool(wrong.any())
+        if self._wanting:
+            worst = float(error.nan_to_num(nan=math.inf).max())
+            warnings.warn(
+                f"{type(transform).__name__}: float32 does not determine the {self._name} to {TOLERANCE:g} for "
+                f"{int(wrong.sum())} of {wrong.numel()} events: the last bits of the input move the worst one by about "
+                f"{worst:.1g} of its length, the map is so steep there. Take transform and input to float64 with "
+                ".double(), or keep the map gentler: a smaller log_scale_bound, fewer steps, weight decay",
+                PrecisionWarning,
+                stacklevel=4,
+            )
+
+    def _due(self, transform: torch.nn.Module, size: int, reach: float, step: int) -> bool:
+        self._calls += 1
+        if not torch.is_grad_enabled():
+            made_of = (step, *(0 if p.is_inference() else p._version for p in transform.parameters()))
+            if made_of != self._made_of:
+                self._made_of, self._largest, self._farthest = made_of, 0, 0.0
+            elif self._wanting:
+                return True
+        return self._calls >= _EVERY or size >= 2 * self._largest or reach > 1.5 * self._farthest
