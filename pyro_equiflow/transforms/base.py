@@ -165,7 +165,7 @@ class EquivariantTransform(TransformModule):
         self._check(x)
         y, ladj = self._call_and_ladj(x)
         y = y.contiguous()  # inside, channels may be outermost in memory
-        self._watch(self, self._call, x, y, _optimizer_steps)
+        self._watch(self, self._call, x, y)
         self._remember(x, y, ladj, product=y)
         return y, ladj
 
@@ -185,7 +185,7 @@ class EquivariantTransform(TransformModule):
         self._check(y, self.out_type)
         x, ladj = self._inverse_and_ladj(y)
         x = x.contiguous()
-        self._inverse_watch(self, self._inverse, y, x, _optimizer_steps)
+        self._inverse_watch(self, self._inverse, y, x)
         self._remember(x, y, -ladj, product=x)
         return x, ladj
 
@@ -207,7 +207,7 @@ class EquivariantTransform(TransformModule):
         self._check(x)
         y, ladj = self._call_deferred(x)
         y = y.contiguous()
-        self._watch(self, self._call, x, y, _optimizer_steps)
+        self._watch(self, self._call, x, y)
         self._remember(x, y, ladj, product=y)
         return y
 
@@ -229,7 +229,7 @@ class EquivariantTransform(TransformModule):
         self._check(y, self.out_type)
         x, ladj = self._inverse_deferred(y)
         x = x.contiguous()
-        self._inverse_watch(self, self._inverse, y, x, _optimizer_steps)
+        self._inverse_watch(self, self._inverse, y, x)
         self._remember(x, y, lambda: -ladj(), product=x)
         return x
 

@@ -7,11 +7,13 @@ import math
 import warnings
 from collections.abc import Callable
 
+import pyro
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor
 
 from pyro_equiflow.errors import PrecisionWarning
+from pyro_equiflow.ops.fingerprint import optimizer_steps
 from pyro_equiflow.ops.rounding import rounding_error
 from pyro_equiflow.ops.tracing import is_traced
 
@@ -33,7 +35,7 @@ class PrecisionWatch:
 
     A look costs a second pass without gradients. Looked at are the first call; a batch at least twice as large as
     those before, or that reaches half as far again; every sixteenth call; and without gradients the first call after a
-    change of the parameters, and all calls while results are found wanting.
+    change of the parameters, and all calls while results are found wanting. With Pyro's validation off nothing is.
 
     :param name: what is looked at.
     """
@@ -44,22 +46,23 @@ class PrecisionWatch:
         self._made_of: tuple[int, ...] = ()
 
     def __call__(
-        self, transform: TransformModule, function: Callable[[Tensor], Tensor], x: Tensor, image: Tensor, step: int
+        self, transform: TransformModule, function: Callable[[Tensor], Tensor], x: Tensor, image: Tensor
     ) -> None:
         """Warns where what a function gives is not determined to :data:`TOLERANCE`.
 
         :param transform: the :class:`~pyro_equiflow.transforms.base.EquivariantTransform` whose function it is.
-        :param step: a number that changes where parameters may have changed without a trace in themselves.
         """
-        if x.dtype != torch.float32 or not image.numel() or x.is_meta or is_traced():
+        if not pyro.settings.get("validate_distributions_torch") or is_traced():
+            return
+        if x.dtype != torch.float32 or not image.numel() or x.is_meta:
             return
         reach = float(x.detach().abs().amax())
-        if not self._due(transform, image.numel(), reach, step):
+        if not self._due(transform, image.numel(), reach):
             return
+        self._calls, self._largest, self._farthest = 0, max(self._largest, image.numel()), max(self._farthest, reach)
         # What is solved has a certified error of its own.
         if any(isinstance(part, Solved) for part in transform.modules()):
             return
-        self._calls, self._largest, self._farthest = 0, max(self._largest, image.numel()), max(self._farthest, reach)
         error = rounding_error(function, x, transform.event_dim, image=image)
         wrong = ~(error <= TOLERANCE)  # and so is what is not a number
         self._wanting = bool(wrong.any())
@@ -74,10 +77,10 @@ class PrecisionWatch:
                 stacklevel=4,
             )
 
-    def _due(self, transform: torch.nn.Module, size: int, reach: float, step: int) -> bool:
+    def _due(self, transform: torch.nn.Module, size: int, reach: float) -> bool:
         self._calls += 1
         if not torch.is_grad_enabled():
-            made_of = (step, *(0 if p.is_inference() else p._version for p in transform.parameters()))
+            made_of = (optimizer_steps(), *(0 if p.is_inference() else p._version for p in transform.parameters()))
             if made_of != self._made_of:
                 self._made_of, self._largest, self._farthest = made_of, 0, 0.0
             elif self._wanting:
