@@ -39,10 +39,16 @@ def rounding_error(
     :param event_dim: dimensions of an event, ``transform.event_dim``.
     :param image: what the function gives at ``x``, where that is known.
     :return: shape ``batch``.
-    :raises TypeError: another dtype than float32.
+    :raises TypeError: no function, or another dtype than float32.
+    :raises ValueError: more dimensions of an event than ``x`` has.
     """
-    if x.dtype != torch.float32:
-        raise TypeError(f"x: expected a tensor of float32, found {x.dtype}; it is float32 that is asked about")
+    if not callable(function):
+        raise TypeError(f"function: expected a map of events, found {function!r}")
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: expected a tensor of float32, found {found}; it is float32 that is asked about")
+    if not isinstance(event_dim, int) or not 0 < event_dim <= x.dim():
+        raise ValueError(f"event_dim: expected an integer from 1 to {x.dim()}, found {event_dim!r}")
     x = x.detach().contiguous()
     image = function(x) if image is None else image.detach()
     neighbour = (x.view(torch.int32) ^ 1).view(torch.float32)

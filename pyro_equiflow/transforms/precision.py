@@ -52,9 +52,9 @@ class PrecisionWatch:
 
         :param transform: the :class:`~pyro_equiflow.transforms.base.EquivariantTransform` whose function it is.
         """
-        if not pyro.settings.get("validate_distributions_torch") or is_traced():
+        if not pyro.settings.get("validate_distributions_torch") or is_traced(x):
             return
-        if x.dtype != torch.float32 or not image.numel() or x.is_meta:
+        if x.dtype != torch.float32 or not image.numel():
             return
         reach = float(x.detach().abs().amax())
         if not self._due(transform, image.numel(), reach):
