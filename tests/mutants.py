@@ -69,7 +69,8 @@ TESTS: dict[str, tuple[str, str]] = {
     ),
     "transforms/coupling.py": (
         "transforms architecture errors transformers registration",
-        "(transforms or errors) and coupling or architecture or split or identity_init or context or default",
+        "(transforms or errors) and coupling or architecture or split or identity_init or context "
+        "or scales_on or default",
     ),
     "transforms/iaf.py": (
         "iaf architecture transforms pyro_contract registration",
