@@ -2,6 +2,7 @@
 """Log-det estimators against autograd's dense Jacobian."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import pyro
 import pytest
@@ -286,7 +287,7 @@ def test_an_infinite_variance_is_said():
     RussianRoulette(probability=0.18)(lambda x: 0.1 * x, x, (), lipschitz=0.9, training=True)
 
 
-@pytest.mark.parametrize("c", [1e-9, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("c", [1e-9, 0.5, 0.9, 0.95, 0.99])
 @pytest.mark.parametrize("size", [20, 40, 200])
 def test_the_default_in_training_is_never_far_off(size, c):
     """At the worst Jacobian; in training with more than 16 entries, float32."""
@@ -513,6 +514,14 @@ def test_probes_are_what_they_are_called(training):
             means = probes.pow(power).mean(-1)
             assert (means - moment).abs().max() < 5 * deviation / 20_000**0.5
         assert (probes[0] * probes[1]).mean(-1).abs().max() < 5 / 20_000**0.5
+
+
+def test_estimators_do_not_change():
+    """Caches and the forks of a flow share them."""
+    fixed = {"rows": Exact(), "probes": PowerSeries(), "exact_terms": RussianRoulette()}
+    for name, estimator in {**fixed, "training": ByMode(training=Exact(), evaluation=Exact())}.items():
+        with pytest.raises(FrozenInstanceError):
+            setattr(estimator, name, 3)
 
 
 def test_defaults():

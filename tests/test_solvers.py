@@ -2,6 +2,7 @@
 """Solvers and adjoints: certified errors, samples that leave each other alone, gradients of every order."""
 
 import warnings
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -231,6 +232,12 @@ def test_empty_batches_and_scalar_events(solver):
     assert empty.value.shape == (0, 3) and empty.steps.shape == (0,)
     scalar = solver.solve(lambda x, index: 0.5 * x + 1, torch.zeros(4, dtype=torch.float64), lipschitz=0.5)
     torch.testing.assert_close(scalar.value, torch.full((4,), 2.0, dtype=torch.float64))
+
+
+def test_solvers_and_adjoints_do_not_change():
+    for part, name in ((Anderson(), "memory"), (FixedPoint(), "rounding"), (ImplicitAdjoint(), "tolerance")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, name, 3)
 
 
 def test_interfaces_are_no_solvers():
