@@ -330,7 +330,11 @@ def test_unlike_scales_are_refused():
 def test_guide_of_a_mixture():
     """The guide's first call passes, and the fit is that of the whole model with its assignments summed out."""
     marked = config_enumerate(mixture)
-    guide = AutoEquivariantFlow(poutine.block(marked, expose=["m"]), SWAP, lambda t: equivariant_flow(t, kind="iaf"))
+    guide = AutoEquivariantFlow(
+        poutine.block(marked, expose=["m"]),
+        SWAP,
+        lambda t: equivariant_flow(t, kind="iaf", num_transforms=2, hidden_dims=(8,)),
+    )
     svi = SVI(marked, guide, pyro.optim.Adam({"lr": 1e-3}), TraceEnum_ELBO(max_plate_nesting=1))
     assert math.isfinite(svi.step()) and guide.invariance_report.summed == ("k",)
     refused = AutoEquivariantFlow(poutine.block(marked, hide=["k"]), SWAP)

@@ -8,10 +8,10 @@ from pyro_equiflow.infer.evidence import (
     WeightedDraws,
     evidence_estimate,
     importance_weighted_bound,
-    importance_weights,
     metropolis,
     weighted_draws,
 )
+from pyro_equiflow.infer.importance import importance_weights
 from pyro_equiflow.infer.invariance import InvarianceReport, SiteChange, check_model_invariance
 
 __all__ = [

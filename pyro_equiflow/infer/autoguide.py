@@ -24,7 +24,12 @@ from pyro_equiflow.distributions import OrbitMixture
 from pyro_equiflow.errors import EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
-from pyro_equiflow.infer.latents import latent_field_type, preserved_random_state, validate_representations
+from pyro_equiflow.infer.latents import (
+    latent_field_type,
+    preserved_random_state,
+    refuse_subsampled_latents,
+    validate_representations,
+)
 from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.serialization import forget_param_store
@@ -95,7 +100,7 @@ class AutoEquivariantFlow(AutoContinuous):
     :param num_quantile_samples: draws behind :meth:`median` and :meth:`quantiles`.
     :raises TypeError: ``representations``, ``flow`` or ``auxiliary`` of another kind.
     :raises ValueError: field types over a base space or of unlike groups; on the first call also sites unknown to the
-        model and sizes that do not fit.
+        model, sizes that do not fit, and latent sites in a subsampled plate, whose rows change with every step.
     :raises EquivarianceError: on the first call, where the model lacks the symmetry; the sites are named.
 
     References: Köhler, Klein and Noé, *Equivariant flows: exact likelihood generative learning for symmetric
@@ -144,6 +149,7 @@ class AutoEquivariantFlow(AutoContinuous):
         refuse_within_data_parallel(type(self).__name__)
         super()._setup_prototype(*args, **kwargs)
         try:
+            refuse_subsampled_latents(self.prototype_trace)
             self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
             if self.check_invariance:
                 self.invariance_report = self._check_model(self.representations, args, kwargs)

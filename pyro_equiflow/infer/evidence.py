@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good is a guide or a flow: importance weights, what follows from them, and the Metropolis correction."""
+"""How good is a flow or a guide: weighted draws, what follows from log weights, and the Metropolis correction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 from torch.distributions import Distribution
-
-from pyro_equiflow.infer.latents import preserved_random_state
 
 __all__ = [
     "EvidenceEstimate",
@@ -21,7 +18,6 @@ __all__ = [
     "WeightedDraws",
     "evidence_estimate",
     "importance_weighted_bound",
-    "importance_weights",
     "metropolis",
     "weighted_draws",
 ]
@@ -61,56 +57,6 @@ class EvidenceEstimate(NamedTuple):
         return self.effective_sample_size / self.num_samples
 
 
-@torch.no_grad()
-def importance_weights(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    num_samples: int = 1000,
-    batch_size: int = 1000,
-    max_plate_nesting: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Log importance weights of draws from a guide, vectorised; no gradients.
-
-    Wraps :func:`pyro.infer.importance.vectorized_importance_weights`: model and guide have to allow a plate on their
-    left, as for ``Trace_ELBO(vectorize_particles=True)``.
-
-    Example::
-
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> from pyro_equiflow.infer import importance_weights
-        >>> def model():
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Normal(0.0, 0.5**0.5))
-        >>> importance_weights(model, guide, num_samples=3)  # of the posterior itself: all are the evidence
-        tensor([-1.2655, -1.2655, -1.2655])
-
-    :param model: a Pyro model.
-    :param guide: its guide.
-    :param args: arguments of both.
-    :param num_samples: number of draws.
-    :param batch_size: draws made at once.
-    :param max_plate_nesting: largest number of nested plates; found by running both once if not given.
-    :param kwargs: keyword arguments of both.
-    :return: shape ``(num_samples,)``.
-    :raises ValueError: a number that is not positive.
-    """
-    _check_sizes(num_samples, batch_size)
-    if max_plate_nesting is None:
-        max_plate_nesting = _plate_nesting(model, guide, args, kwargs)
-    weights = []
-    for start in range(0, num_samples, batch_size):
-        size = min(batch_size, num_samples - start)
-        found = vectorized_importance_weights(
-            model, guide, *args, num_samples=size, max_plate_nesting=max_plate_nesting, **kwargs
-        )[0]
-        weights.append(torch.as_tensor(found).reshape(-1))
-    return torch.cat(weights)
-
-
 class WeightedDraws(NamedTuple):
     """Draws from a distribution, and their log importance weights.
 
@@ -144,6 +90,8 @@ def weighted_draws(
     .. math:: \log w_i = \log \tilde p(x_i) - \log q(x_i), \qquad x_i \sim q
 
     and :math:`-\infty` where :math:`\tilde p` vanishes. For Pyro models and guides there is :func:`importance_weights`.
+    Transforms that are modules are in ``eval()`` mode meanwhile: random log-determinants, as of training, would bias
+    the weights.
 
     Example::
 
@@ -161,7 +109,7 @@ def weighted_draws(
     :raises ValueError: a number that is not positive, a distribution with a batch shape, a log-density of another
         shape.
     """
-    _check_sizes(num_samples, batch_size)
+    check_sizes(num_samples, batch_size)
     if distribution.batch_shape:
         raise ValueError(
             f"distribution: expected batch shape (), found {tuple(distribution.batch_shape)}; take one of the batch, "
@@ -170,37 +118,47 @@ def weighted_draws(
     draws, weights = [], []
     for start in range(0, num_samples, batch_size):
         size = min(batch_size, num_samples - start)
-        x = distribution.sample(torch.Size((size,)))
+        with evaluating(distribution):
+            x = distribution.sample(torch.Size((size,)))
+            density = distribution.log_prob(x)
         target = log_density(x)
         if target.shape != (size,):
             raise ValueError(f"log_density: expected shape ({size},), found {tuple(target.shape)}")
         draws.append(x)
         # Where the target vanishes, so does the weight, whether or not the distribution's density is a number there.
-        weights.append(torch.where(target == -math.inf, target, target - distribution.log_prob(x)))
+        weights.append(torch.where(target == -math.inf, target, target - density))
         if progress is not None:
             progress(start + size, num_samples)
     return WeightedDraws(torch.cat(draws), torch.cat(weights))
 
 
-def _check_sizes(num_samples: int, batch_size: int) -> None:
+@contextmanager
+def evaluating(*owners: Any) -> Iterator[None]:
+    """Modules, and those that distributions are made of, are in ``eval()`` mode within the block."""
+    parts = [part for owner in owners for part in _parts(owner)]
+    before = [(module, module.training) for part in parts for module in part.modules()]
+    try:
+        for part in parts:
+            part.eval()
+        yield
+    finally:
+        for module, training in before:  # parents first, whose call goes on to their children
+            if module.training != training:
+                module.train(training)
+
+
+def _parts(owner: Any) -> Iterator[torch.nn.Module]:
+    if isinstance(owner, torch.nn.Module):
+        yield owner
+    elif isinstance(owner, Distribution):
+        for part in (getattr(owner, "base_dist", None), *getattr(owner, "transforms", ())):
+            yield from _parts(part)
+
+
+def check_sizes(num_samples: int, batch_size: int) -> None:
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, found {value!r}")
-
-
-def _plate_nesting(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    with preserved_random_state(), pyro.poutine.block():
-        guide_trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = pyro.poutine.trace(pyro.poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    dims = [
-        frame.dim
-        for trace in (guide_trace, model_trace)
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims, default=0)
 
 
 def _checked(log_weights: Tensor) -> Tensor:
@@ -226,11 +184,15 @@ def evidence_estimate(log_weights: Tensor) -> EvidenceEstimate:
         -3.0
 
     :param log_weights: shape ``(n,)``, as of :func:`importance_weights`; two at least.
-    :raises ValueError: fewer than two weights, or some that are NaN or infinite.
+    :raises ValueError: fewer than two weights, some that are NaN or +infinity, or none above -infinity.
     """
     log_weights = _checked(log_weights)
     count = len(log_weights)
     largest = log_weights.max()
+    if largest == -math.inf:
+        raise ValueError(
+            f"log_weights: expected one above -inf at least, found {count} of -inf; no draw is where the target is"
+        )
     weights = (log_weights - largest).exp()
     mean = weights.mean()
     return EvidenceEstimate(

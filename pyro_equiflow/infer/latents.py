@@ -132,3 +132,27 @@ def plate_nesting(*traces: Trace) -> int:
     """How many batch dimensions the plates of some traces take."""
     nodes: Any = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
     return -min((frame.dim for site in nodes for frame in site["cond_indep_stack"] if frame.vectorized), default=0)
+
+
+def subsampled_plate(site: Any) -> Any:
+    """The frame of a plate about the site that holds part of its rows only, if there is one."""
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None and frame.size < frame.full_size:
+            return frame
+    return None
+
+
+def refuse_subsampled_latents(trace: Any) -> None:
+    """Raises where a latent site of a model stands in a subsampled plate.
+
+    :raises ValueError: naming site, plate and remedy.
+    """
+    for name, site in trace.iter_stochastic_nodes():
+        plate = subsampled_plate(site)
+        if plate is not None and not site_is_subsample(site):
+            raise ValueError(
+                f"model: expected latent sites outside of subsampled plates, found {name!r} in plate {plate.name!r}, "
+                f"{plate.size} of {plate.full_size} rows: the guide has one value per row of the first subsample and "
+                "would take it for other rows at every step; use the whole plate, or hide the site (poutine.block) and "
+                "guide it by a conditional flow of each row's data within the plate"
+            )
