@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, chained, expand
 from pyro_equiflow.nn.lipschitz import LINEAR, expanded_linear, is_linear, lipschitz_bound, weight_norm
+from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
 from pyro_equiflow.ops.arguments import check_number
 
@@ -28,6 +29,61 @@ class Normalized(NamedTuple):
 
     expanded: Expanded
     bound: float
+
+
+# Modules that leave zero where it is.
+_FIXING_ZERO = (PointwiseNonLinearity, LipschitzGate, enn.IdentityModule, enn.ReLU, enn.ELU)
+
+
+class _Part(NamedTuple):
+    """What one of a network's modules adds: its biases, its columns for the context, or its output at zero."""
+
+    constant: float
+    biases: Sequence[Tensor] = ()
+    columns: Tensor | None = None
+    at_zero: Callable[[], Tensor] | None = None
+
+
+class Offset(NamedTuple):
+    r"""What a network adds to what it makes of an event.
+
+    :ivar parts: what its modules add.
+    :ivar spatial_shape: the grid.
+    """
+
+    parts: tuple[_Part, ...]
+    spatial_shape: tuple[int, ...]
+
+    @torch.no_grad()
+    def length(self, context: Tensor | None) -> Tensor:
+        r"""A bound of the network's output at an event of zeros, with nothing cancelled: rounding goes by it.
+
+        .. math:: \sum_i \Bigl(\prod_{j > i} l_j\Bigr) |b_i|
+
+        over modules with constants :math:`l_j` and what they add, :math:`b_i`, the first one the context's part too. At
+        an event :math:`x` vectors of total length :math:`c |x|` and this one are summed.
+
+        :param context: shape ``(B, C, *spatial)``, or ``None`` where there is none.
+        :return: shape ``(B,)``, or ``()`` without a context; float64.
+        """
+        given = torch.zeros((), dtype=torch.float64) if context is None else _length(context.flatten(1), 1)
+        # A first module without columns for it takes the context as it takes the event.
+        total = given if self.parts[0].columns is None else torch.zeros_like(given)
+        root = math.sqrt(math.prod(self.spatial_shape))
+        for constant, biases, columns, at_zero in self.parts:
+            total = constant * total
+            for bias in biases:
+                total = total + root * _length(bias)
+            if columns is not None:
+                # Frobenius' norm bounds a matrix's, and with the root of the kernel's points a convolution's.
+                total = total + math.sqrt(columns[0, 0].numel()) * _length(columns) * given
+            if at_zero is not None:
+                total = total + _length(at_zero())
+        return total
+
+
+def _length(vector: Tensor, dim: int | None = None) -> Tensor:
+    return torch.linalg.vector_norm(vector.detach(), dim=dim, dtype=torch.float64)
 
 
 class LipschitzConditioner(Conditioner):
@@ -91,13 +147,23 @@ class LipschitzConditioner(Conditioner):
 
         :param spatial_shape: the grid that it will be used on; ``None`` for every grid.
         """
+        return self.with_offset(spatial_shape)[0]
+
+    def with_offset(self, spatial_shape: Sequence[int] | None = None) -> tuple[Normalized, Offset]:
+        """What :meth:`normalized` gives, and the size of what the network adds to an event's part.
+
+        :param spatial_shape: as there; the offset is that on one point without it.
+        """
         leaves = _leaves(self.network)
         linear = [is_linear(leaf) for leaf in leaves]
-        bound = math.prod(_number(lipschitz_bound(leaf, spatial_shape)) for leaf, k in zip(leaves, linear) if not k)
+        constants = [1.0 if k else _number(lipschitz_bound(leaf, spatial_shape)) for leaf, k in zip(leaves, linear)]
+        bound = math.prod(constants)
         cap = (self.lipschitz / (bound * (1 + _ROUNDING) ** len(leaves))) ** (1 / sum(linear))
         between = _functions_between(leaves, linear)
-        parts = []
+        parts, added, like = [], [], next(self.network.parameters())
         for i, leaf in enumerate(leaves):
+            if not linear[i]:
+                added.append(_Part(constants[i], at_zero=_at_zero(leaf, like, spatial_shape)))
             if i in between:
                 parts.append(between[i].expanded_core())
                 continue
@@ -113,15 +179,27 @@ class LipschitzConditioner(Conditioner):
                 before = between[i - 1].outer if i - 1 in between else 1.0
                 after = between[i + 1].inner if i + 1 in between else 1.0
                 limited = limited * ((before * after) if found <= cap else (before * after * cap) / norm)
-                if free:
-                    limited = torch.cat([limited, weight.narrow(1, weight.shape[1] - free, free) * after], 1)
+                columns = weight.narrow(1, weight.shape[1] - free, free) if free else None
+                added.append(_Part(min(found, cap), bias, columns))
+                if columns is not None:
+                    limited = torch.cat([limited, columns * after], 1)
                 part = part._replace(tensors=(limited, *(b if after == 1 else b * after for b in bias)))
             parts.append(part)
-        return Normalized(chained(parts), min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz))
+        normalized = Normalized(chained(parts), min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz))
+        return normalized, Offset(tuple(added), tuple(spatial_shape or ()))
 
     def expanded(self) -> Expanded:
         """The normalised network's map on plain tensors, for every grid."""
         return self.normalized().expanded
+
+
+def _at_zero(
+    leaf: enn.EquivariantModule, like: Tensor, spatial_shape: Sequence[int] | None
+) -> Callable[[], Tensor] | None:
+    """Gives a module's output at one event of zeros, where that need not be zeros."""
+    if type(leaf) in _FIXING_ZERO:
+        return None
+    return lambda: expand(leaf)(like.new_zeros(1, leaf.in_type.size, *(spatial_shape or ())))
 
 
 def _context_channels(in_type: enn.FieldType, out_type: enn.FieldType) -> int:

@@ -188,7 +188,9 @@ def convolution_norm(weight: Tensor, angles: np.ndarray, factor: float) -> Tenso
     with torch.no_grad():
         worst, bound = _largest(_symbol(weight, waves))
     if torch.is_grad_enabled() and weight.requires_grad:
-        bound = spectral_norm(_symbol(weight, waves[:, worst : worst + 1])[0])
+        # Of the same value to the last bit: what is scaled by it is one map with and without gradients.
+        traced = spectral_norm(_symbol(weight, waves[:, worst : worst + 1])[0])
+        bound = bound + (traced - traced.detach())
     return factor * _symbol_allowance(weight) * scale * bound
 
 

@@ -21,6 +21,10 @@ Map = Callable[[Tensor, "Tensor | None"], Tensor]
 OnFailure = Literal["raise", "warn", "ignore"]
 
 
+# How much the default tolerance gives way where rounding leaves more, relative.
+_COARSEST = 1e-4
+
+
 class Solution(NamedTuple):
     r"""What a solver found, sample by sample.
 
@@ -75,9 +79,17 @@ class Solver(ABC):
     .. math:: |x - x^*| \le \frac{|\phi(x) - x|}{1 - c}
 
     in the norm in which :math:`c` holds, here the 2-norm over the event. The **certified error** is that bound with
-    the rounding of :math:`\phi` counted in, :math:`(|\phi(x) - x| + k \epsilon s) / (1 - c)`,
-    :math:`s = \max(1, |x|)`; without it a residual that rounds to 0 would claim an exact root. A sample has converged
-    when its certified error is at most ``tolerance`` times :math:`s`: relative where :math:`|x| > 1`, absolute below.
+    the rounding of :math:`\phi` counted in,
+
+    .. math:: \frac{|\phi(x) - x| + k \epsilon\, (\max(1, |x|) + s)}{1 - c},
+
+    where :math:`s`, ``scale``, is the size of what :math:`\phi` adds to what it makes of :math:`x`: data, contexts and
+    biases may be far longer than the root. Without it a residual that rounds to 0 would claim an exact root.
+
+    A sample has converged when its certified error is at most ``tolerance`` times :math:`\max(1, |x|)`: relative to the
+    root where :math:`|x| > 1`, absolute below, whatever :math:`s` is. Where rounding alone leaves more, for a large
+    :math:`s`, a tolerance that was asked for is not met, and that is a failure. The default one gives way: it becomes
+    four times what rounding leaves, up to 1e-4, beyond which the sample has failed as well.
 
     A converged sample leaves the batch: :math:`\phi` is evaluated on the others only, and what it returns for one
     sample enters no other. So a sample's result is the same to the last bit whatever its batch, if :math:`\phi` itself
@@ -92,8 +104,8 @@ class Solver(ABC):
         >>> bool(mixed.steps < plain.steps)
         True
 
-    :param rounding: :math:`k`: how many machine epsilons, relative to :math:`s`, an evaluation of :math:`\phi` may be
-        off. A model of its rounding, not a proof: raise it for deep or badly scaled maps.
+    :param rounding: :math:`k`: how many machine epsilons, relative to :math:`\max(1, |x|) + s`, an evaluation of
+        :math:`\phi` may be off. A model of its rounding, not a proof: raise it for deep or badly scaled maps.
     """
 
     rounding: float = 2.0
@@ -118,6 +130,8 @@ class Solver(ABC):
         *,
         lipschitz: float,
         tolerance: float | None = None,
+        strict: bool | None = None,
+        scale: Tensor | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "raise",
     ) -> Solution:
@@ -129,6 +143,10 @@ class Solver(ABC):
         :param lipschitz: an upper bound :math:`c` of the Lipschitz constant, in [0, 1).
         :param tolerance: the relative certified error to reach; by default 1e-12, and where rounding allows less, in
             float32, four times what it leaves: about ``1e-6 / (1 - c)`` (more for :class:`FixedPoint` at ``c > 0.94``).
+        :param strict: whether a sample fails whose rounding alone leaves more than ``tolerance``; by default where one
+            is given. Otherwise the tolerance gives way for it as the default one does.
+        :param scale: :math:`s` for each sample, shape ``(B,)``: the lengths, summed, of data, contexts and biases that
+            :math:`\phi` adds to what it makes of :math:`x`; by default 0.
         :param max_steps: most evaluations a sample; by default 20 more than twice what the contraction guarantees for
             the plain iteration, so that failing means that ``lipschitz`` is no bound or that :math:`\phi`
             rounds coarsely.
@@ -141,6 +159,7 @@ class Solver(ABC):
 
         References: Banach's fixed-point theorem; Behrmann et al., *Invertible residual networks* (arXiv 1811.00995).
         """
+        strict = tolerance is not None if strict is None else strict
         tolerance = self._check(x0, lipschitz, tolerance, max_steps, on_failure)
         slack = self.rounding * torch.finfo(x0.dtype).eps
         x = _flat(x0.detach())
@@ -149,6 +168,8 @@ class Solver(ABC):
         relative, residual = (x.new_full((total,), math.inf, dtype=torch.float64) for _ in range(2))
         steps = torch.zeros(total, dtype=torch.long, device=x.device)
         active = torch.arange(total, device=x.device)
+        added = torch.zeros_like(relative) if scale is None else slack * scale.detach().to(relative)
+        all_added = added
         best, best_relative, best_residual = x, relative, residual
         proposals = self._proposals(lipschitz)
         step, limit = 0, max_steps or 0
@@ -160,18 +181,23 @@ class Solver(ABC):
                 _check_image(image, x0)
             f = _flat(image)
             found = event_norm(f - x)
-            scale = event_norm(x).clamp(min=1)
-            measured = (found / scale + slack) / (1 - lipschitz)
+            size = event_norm(x).clamp(min=1)
+            measured = ((found + added) / size + slack) / (1 - lipschitz)
             if not limit:
-                # c^n r <= (tolerance (1 - c) - k eps) s for the plain iteration, and s >= 1.
-                distance = found.max().item() / (tolerance * (1 - lipschitz) - slack)
+                # c^n r <= (tolerance (1 - c) - k eps) max(1, |x|) - k eps s for the plain iteration, where positive.
+                room = tolerance * (1 - lipschitz) - slack
+                distance = (found / torch.where(added < room, room - added, room / 4)).max().item()
                 guaranteed = math.log(max(distance, 1.0)) / -math.log(max(lipschitz, 1e-3))
                 limit = 2 * math.ceil(guaranteed) + 20
             better = measured < best_relative
             best = torch.where(better[:, None], x, best)
             best_relative = torch.where(better, measured, best_relative)
             best_residual = torch.where(better, found, best_residual)
-            leaving = best_relative <= tolerance
+            leaving = measured <= tolerance
+            if scale is not None:
+                # What rounding leaves more to is as near as more steps would come.
+                left = (added / size + slack) / (1 - lipschitz)
+                leaving |= (measured <= self._headroom(lipschitz) * left) & (not strict or left >= tolerance)
             if step >= limit:
                 leaving = torch.ones_like(leaving)
             if leaving.any():
@@ -184,13 +210,17 @@ class Solver(ABC):
                 if len(out) == len(active):
                     break
                 rows = (~leaving).nonzero()[:, 0]
-                active, best, best_relative, best_residual, x, f, found = (
-                    take(t, rows) for t in (active, best, best_relative, best_residual, x, f, found)
+                active, added, best, best_relative, best_residual, x, f, found = (
+                    take(t, rows) for t in (active, added, best, best_relative, best_residual, x, f, found)
                 )
                 proposals.keep(rows)
             x = proposals.propose(x, f, found)
-        error = relative * event_norm(value).clamp(min=1)
-        solution = Solution(value.reshape(x0.shape), error, residual, relative <= tolerance, steps)
+        size = event_norm(value).clamp(min=1)
+        converged = relative <= tolerance
+        if not strict:
+            left = (all_added / size + slack) / (1 - lipschitz)
+            converged |= relative <= (self._headroom(lipschitz) * left).clamp(max=_COARSEST)
+        solution = Solution(value.reshape(x0.shape), relative * size, residual, converged, steps)
         report(solution, tolerance, lipschitz, on_failure)
         return solution
 
@@ -258,7 +288,8 @@ def report(solution: Solution, tolerance: float, lipschitz: float, on_failure: O
         f"{_count(~solution.converged)} did not converge in {int(solution.steps.max())} steps: worst residual "
         f"{solution.residual[worst].item():.2e}, certified error {solution.error[worst].item():.2e}, relative "
         f"{relative[worst].item():.2e}, expected at most tolerance={tolerance:.2e} with lipschitz={lipschitz:g}. "
-        "Raise max_steps or tolerance, use float64, or a smaller Lipschitz coefficient; if max_steps was not set, "
+        "Raise max_steps or tolerance, use float64, a smaller Lipschitz coefficient, or contexts and biases that are "
+        "not far longer than the events, since their rounding counts; if max_steps was not set, "
         "check that lipschitz does bound the map"
     )
     if on_failure == "raise":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ def fixed_point(
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
     tolerance: float | None = None,
+    strict: bool | None = None,
+    scale: Tensor | None = None,
     max_steps: int | None = None,
     on_failure: OnFailure = "raise",
     refine: bool = False,
@@ -60,6 +63,8 @@ def fixed_point(
     :param solver: by default ``Anderson()``.
     :param adjoint: by default ``DenseAdjoint()`` for events of up to 8 entries, else ``ImplicitAdjoint()``.
     :param tolerance: as in :meth:`Solver.solve`.
+    :param strict: likewise.
+    :param scale: likewise.
     :param max_steps: likewise.
     :param on_failure: likewise.
     :param refine: whether a float32 solution is improved in float64, where rounding keeps float32 from certifying it:
@@ -85,16 +90,16 @@ def fixed_point(
     problem = Problem(phi, per_sample(tensors, batched, x0), lipschitz)
     solver = solver or Anderson()
     detached = [t.detach() for t in tensors]
+    options: dict[str, Any] = {"lipschitz": lipschitz, "max_steps": max_steps}
     if refine and x0.dtype == torch.float32:
-        solution = _refined(problem, solver, x0, detached, wide, tolerance, max_steps, on_failure)
+        strict = tolerance is not None if strict is None else strict
+        tolerance = _REFINED if tolerance is None else tolerance
+        solution = _refined(problem, solver, x0, detached, wide, tolerance, strict, scale, options)
+        report(solution, tolerance, lipschitz, on_failure)
     else:
+        phi_on_rows = _on_rows(problem, detached)
         solution = solver.solve(
-            _on_rows(problem, detached),
-            x0,
-            lipschitz=lipschitz,
-            tolerance=tolerance,
-            max_steps=max_steps,
-            on_failure=on_failure,
+            phi_on_rows, x0, tolerance=tolerance, strict=strict, scale=scale, on_failure=on_failure, **options
         )
     adjoint = adjoint or (DenseAdjoint() if x0.shape[1:].numel() <= _DENSE else ImplicitAdjoint())
     value = adjoint.attach(phi, solution.value, tensors, lipschitz=lipschitz, batched=batched, jacobian=jacobian)
@@ -107,11 +112,11 @@ def _refined(
     x0: Tensor,
     tensors: list[Tensor],
     wide: Callable[[], Sequence[Tensor]] | None,
-    tolerance: float | None,
-    max_steps: int | None,
-    on_failure: OnFailure,
+    tolerance: float,
+    strict: bool,
+    scale: Tensor | None,
+    options: dict[str, Any],
 ) -> Solution:
-    tolerance = _REFINED if tolerance is None else tolerance
     rounding = torch.finfo(x0.dtype).eps / 2
     if not tolerance > 2 * rounding:
         raise ValueError(
@@ -121,10 +126,11 @@ def _refined(
     first = solver.solve(
         _on_rows(problem, tensors),
         x0,
-        lipschitz=problem.lipschitz,
         tolerance=max(tolerance, solver.default_tolerance(x0.dtype, problem.lipschitz)),
-        max_steps=max_steps,
+        strict=False,
+        scale=scale,
         on_failure="ignore",
+        **options,
     )
     converged = first.error <= tolerance * event_norm(first.value).clamp(min=1)
     if converged.all():
@@ -135,20 +141,19 @@ def _refined(
     further = solver.solve(
         _on_rows(problem, cast),
         take(first.value, rows).double(),
-        lipschitz=problem.lipschitz,
         tolerance=tolerance - rounding,
-        max_steps=max_steps,
+        strict=strict,
+        scale=None if scale is None else take(scale, rows),
         on_failure="ignore",
+        **options,
     )
-    solution = Solution(
+    return Solution(
         first.value.index_copy(0, rows, further.value.to(x0.dtype)),
         first.error.index_copy(0, rows, further.error + rounding * event_norm(further.value)),
         first.residual.index_copy(0, rows, further.residual),
         converged.index_copy(0, rows, further.converged),
         first.steps.index_add(0, rows, further.steps),
     )
-    report(solution, tolerance, problem.lipschitz, on_failure)
-    return solution
 
 
 def _on_rows(problem: Problem, tensors: Sequence[Tensor]) -> Map:

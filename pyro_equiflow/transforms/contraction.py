@@ -19,7 +19,7 @@ from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
-from pyro_equiflow.solvers.iteration import OnFailure
+from pyro_equiflow.solvers.iteration import OnFailure, event_norm
 from pyro_equiflow.transforms.base import Deferred
 from pyro_equiflow.transforms.conditional import ConditionableTransform, with_context_fields
 from pyro_equiflow.transforms.precision import Solved
@@ -41,6 +41,7 @@ class _Contraction(NamedTuple):
     :ivar batched: which tensors have a row for each sample.
     :ivar bound: of the Lipschitz constant.
     :ivar refine: whether ``fn`` takes float64 tensors where the parameters are float32.
+    :ivar offset: gives a bound of ``|fn(0, *tensors)|`` with nothing cancelled.
     """
 
     fn: Callable[..., Tensor]
@@ -48,6 +49,7 @@ class _Contraction(NamedTuple):
     batched: tuple[bool, ...]
     bound: float
     refine: bool
+    offset: Callable[[], Tensor]
 
     def wide(self) -> list[Tensor]:
         """The tensors in float64, without a graph."""
@@ -89,6 +91,10 @@ class _Pushed(NamedTuple):
         with torch.no_grad():
             return x + self.map_.fn(x, *self.map_.wide())
 
+    def scale(self) -> Tensor:
+        """The size of what was added, a sample."""
+        return (1 + self.map_.bound) * event_norm(self.x.detach()) + self.map_.offset()
+
 
 def lipschitz_nets(
     count: int,
@@ -122,7 +128,9 @@ class ContractionTransform(Solved, ConditionableTransform):
     :param adjoint: how gradients pass through the solution; by default implicit differentiation.
     :param tolerance: relative certified error of the solution, by default 1e-12 in float64; in float32 5e-6, or less
         where the way back stretches errors, reached by steps in float64 where need be (see
-        :func:`~pyro_equiflow.solvers.fixed_point`).
+        :func:`~pyro_equiflow.solvers.fixed_point`). Where contexts and biases are so much longer than an event that
+        float64 rounds more coarsely than that, the default gives way up to 1e-4, and what was reached is in
+        :meth:`inverse_solution`; a tolerance that was passed does not.
     :param max_steps: most evaluations a sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: how the group acts on the context.
@@ -265,12 +273,12 @@ class ContractionTransform(Solved, ConditionableTransform):
         return flat, None if context is None else flatten_batch(context, self.event_dim)[0], batch
 
     def _contraction(self, conditioner: LipschitzConditioner, x: Tensor, context: Tensor | None) -> _Contraction:
-        (fn, tensors), bound = conditioner.normalized(x.shape[2:])
+        ((fn, tensors), bound), added = conditioner.with_offset(x.shape[2:])
+        batched: tuple[bool, ...] = len(tensors) * (False,)
+        if context is not None:
+            fn, tensors, batched = _WithContext(fn), (context, *tensors), (True, *batched)
         bound = max(bound, _LEAST_BOUND)
-        if context is None:
-            return _Contraction(fn, tensors, len(tensors) * (False,), bound, conditioner.is_expanded)
-        batched = (True, *len(tensors) * (False,))
-        return _Contraction(_WithContext(fn), (context, *tensors), batched, bound, conditioner.is_expanded)
+        return _Contraction(fn, tensors, batched, bound, conditioner.is_expanded, lambda: added.length(context))
 
     def _estimate(self, map_: _Contraction, x: Tensor) -> LogDet:
         estimator = self.log_det or default_estimator(x.shape[1:].numel())
@@ -301,12 +309,17 @@ class ContractionTransform(Solved, ConditionableTransform):
         before: _Pushed | None,
         jacobian: Callable[[], Tensor | None] = lambda: None,
     ) -> tuple[Tensor, Solution]:
-        fn, tolerance = map_.fn, self.tolerance
+        fn, tolerance, strict = map_.fn, self.tolerance, self.tolerance is not None
         refine = map_.refine and (before is None or before.map_.refine)
         if tolerance is None and refine and y.dtype == torch.float32:
             # The way back stretches errors, and the point that they are relative to may be as much longer.
             stretch = 1.0 if before is None else (1 + map_.bound) / (1 - before.map_.bound)
             tolerance = max(_FLOAT32 / stretch**2, _LEAST_FLOAT32)
+
+        # What y - F(x) adds up besides x and c |x|; y may be a sum of its own.
+        scale = event_norm(y.detach()) + map_.offset()
+        if before is not None:
+            scale = scale + before.scale()
 
         def wide() -> list[Tensor]:
             return [y.detach().double() if before is None else before.wide(), *map_.wide()]
@@ -323,6 +336,8 @@ class ContractionTransform(Solved, ConditionableTransform):
             solver=self.solver,
             adjoint=self.adjoint,
             tolerance=tolerance,
+            strict=strict,
+            scale=scale,
             max_steps=self.max_steps,
             on_failure=self.on_failure,
             refine=refine,
