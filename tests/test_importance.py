@@ -255,6 +255,12 @@ def test_subsampled_plates():
     assert abs(found.log_evidence - exact) < 4 * found.log_evidence_stderr < 0.2
 
 
+@pytest.mark.parametrize("nesting, error", [(-1, ValueError), (1.5, TypeError), ("1", TypeError)])
+def test_wrong_nesting(nesting, error):
+    with pytest.raises(error, match="max_plate_nesting: expected"):
+        importance_weights(shifted, shift_guide, max_plate_nesting=nesting)
+
+
 # ---- modes and weights -----------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,12 @@ def test_tolerance_in_nats():
             check_model_invariance(model, VECTOR, tolerance=wrong)
 
 
+@pytest.mark.parametrize("elements", [[], [0.5], list(FLIP.fibergroup.testing_elements())])
+def test_elements_of_another_group(elements):
+    with pytest.raises(ValueError, match="elements: expected elements of SO.2., one at least, found"):
+        check_model_invariance(many_data(count=2), VECTOR, elements=elements)
+
+
 # ---- sites that trade density ----------------------------------------------------------------------------------
 
 

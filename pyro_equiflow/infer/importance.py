@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_equiflow.infer.enumeration import is_enumerated, marginal_terms
 from pyro_equiflow.infer.evidence import check_sizes, evaluating
 from pyro_equiflow.infer.latents import plate_nesting, preserved_random_state, subsampled_plate
+from pyro_equiflow.ops.arguments import check_integer
 
 __all__ = ["importance_weights"]
 
@@ -72,6 +73,7 @@ def importance_weights(
     check_sizes(num_samples, batch_size)
     if max_plate_nesting is None:
         max_plate_nesting = _plate_nesting(model, guide, args, kwargs)
+    check_integer("max_plate_nesting", max_plate_nesting, 0, also="None")
     weights = []
     with evaluating(model, guide):
         for start in range(0, num_samples, batch_size):

@@ -191,7 +191,10 @@ def _check(
 ) -> InvarianceReport:
     types = site_field_types(representations, {name: value.shape for name, value in joint.latents.items()})
     types = {name: types[name] for name in representations}  # the others stay as they are
-    chosen = _elements(next(iter(types.values())).fibergroup) if elements is None else list(elements)
+    acting = next(iter(types.values())).fibergroup
+    chosen = _elements(acting) if elements is None else list(elements)
+    if not chosen or any(getattr(element, "group", None) != acting for element in chosen):
+        raise ValueError(f"elements: expected elements of {acting}, one at least, found {chosen}")
     # Drawn before any evaluation: each of those starts the generators anew.
     spreads = [_SPREADS[index % len(_SPREADS)] for index in range(num_samples)]
     draws = [
