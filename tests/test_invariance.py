@@ -109,7 +109,7 @@ def by_differences(z):
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("distance", [by_products, by_differences])
 def test_rounding_is_no_offence(distance, scale, dtype):
-    for seed in range(3):
+    for seed in range(2):
         pyro.set_rng_seed(seed)
         report = check_model_invariance(*pairs(distance, scale, dtype))
         assert report.invariant, report
@@ -150,7 +150,7 @@ def test_elements_of_another_group(elements):
 # ---- sites that trade density ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [0, 100_000])
+@pytest.mark.parametrize("count", [0, 20_000])
 @pytest.mark.parametrize("centre", [3.0, 1e-2])
 @pytest.mark.parametrize("honest", [True, False])
 def test_sites_may_trade(honest, centre, count):
