@@ -227,6 +227,35 @@ def test_default_tolerances_are_four_times_what_rounding_leaves():
         assert Anderson(rounding=rounding).default_tolerance(torch.float64, c) == 1e-12
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_added_counts_as_rounding(solver, dtype):
+    """``a - a + 0.5 x + 1``: the root is 2, and not to be had nearer than long ``a`` round."""
+    eps = torch.finfo(dtype).eps
+    added = torch.tensor([[0.3], [18.0], [90.0]], dtype=dtype)
+
+    def phi(x, index):
+        return (0.5 * x + 1 + _rows(added, index)) - _rows(added, index)
+
+    def solve(**options):
+        return solver.solve(phi, torch.zeros(3, 1, dtype=dtype), lipschitz=0.5, scale=2 * added[:, 0], **options)
+
+    solution = solve()
+    assert solution.converged.all()
+    assert ((solution.value.double() - 2).abs()[:, 0] <= solution.error).all()
+    left = 2 * solver.rounding * eps * (2 + 2 * added[:, 0].double())
+    assert (solution.error >= left * (1 - 1e-6)).all() and (solution.error <= 4 * left + 3e-12).all()
+    # Asked for more than that, the long ones fail, and at once.
+    options = {"tolerance": 40 * eps, "on_failure": "ignore"}
+    strict = solve(**options)
+    assert strict.converged.tolist() == [True, False, False] and strict.steps.max() < 80
+    assert solve(strict=False, **options).converged.all()
+    with pytest.raises(ConvergenceError, match="contexts and biases that are not far longer"):
+        solve(tolerance=40 * eps)
+    # The default gives way where rounding leaves 1e-4 at most, and no further.
+    added *= 1e-4 / eps / added[2]
+    assert solve(on_failure="ignore").converged.tolist() == [True, True, False]
+
+
 def test_empty_batches_and_scalar_events(solver):
     empty = solver.solve(lambda x, index: 0.5 * x, torch.zeros(0, 3), lipschitz=0.5)
     assert empty.value.shape == (0, 3) and empty.steps.shape == (0,)

@@ -21,7 +21,7 @@ Map = Callable[[Tensor, "Tensor | None"], Tensor]
 OnFailure = Literal["raise", "warn", "ignore"]
 
 
-# How much the default tolerance gives way where rounding leaves more, relative.
+# Up to where the default tolerance gives way to what rounding leaves, relative.
 _COARSEST = 1e-4
 
 
@@ -89,7 +89,7 @@ class Solver(ABC):
     A sample has converged when its certified error is at most ``tolerance`` times :math:`\max(1, |x|)`: relative to the
     root where :math:`|x| > 1`, absolute below, whatever :math:`s` is. Where rounding alone leaves more, for a large
     :math:`s`, a tolerance that was asked for is not met, and that is a failure. The default one gives way: it becomes
-    four times what rounding leaves, up to 1e-4, beyond which the sample has failed as well.
+    four times what rounding leaves, where that is at most 1e-4; else the sample has failed as well.
 
     A converged sample leaves the batch: :math:`\phi` is evaluated on the others only, and what it returns for one
     sample enters no other. So a sample's result is the same to the last bit whatever its batch, if :math:`\phi` itself
@@ -219,7 +219,7 @@ class Solver(ABC):
         converged = relative <= tolerance
         if not strict:
             left = (all_added / size + slack) / (1 - lipschitz)
-            converged |= relative <= (self._headroom(lipschitz) * left).clamp(max=_COARSEST)
+            converged |= (relative <= self._headroom(lipschitz) * left) & (left <= _COARSEST)
         solution = Solution(value.reshape(x0.shape), relative * size, residual, converged, steps)
         report(solution, tolerance, lipschitz, on_failure)
         return solution
