@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.functional import softplus
 
-from pyro_equiflow.ops.arguments import check_instance, check_integer, check_number
+from pyro_equiflow.ops.arguments import check_dtype, check_instance, check_integer, check_number
 
 __all__ = ["LogitTransform", "bits_per_dim", "dequantize"]
 
@@ -177,9 +177,7 @@ def _check_images(images: Tensor, num_levels: int) -> None:
 
 def _dequantize(images: Tensor, num_levels: int, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None:
-        check_instance("dtype", dtype, torch.dtype, "a floating-point torch.dtype or None")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point torch.dtype, found {dtype}")
+        check_dtype("dtype", dtype, also="None")
     levels = images.to(torch.get_default_dtype() if dtype is None else dtype)
     # k + u may round to k + 1, the next bin; in the last bin that is pixel 1, whose logit is infinite, as it is at the
     # pixel 0 that u = 0 gives in the first.

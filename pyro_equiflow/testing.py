@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_equiflow.ops.arguments import check_instance, check_number
-from pyro_equiflow.ops.events import act, check_element, check_event, event_dim, grid_elements
+from pyro_equiflow.ops.events import act, check_elements, check_event, event_dim, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.rounding import rounding_error
 
@@ -61,12 +61,7 @@ def _field_type(thing: Any, field_type: FieldType | None) -> FieldType:
 
 
 def _elements(field_type: FieldType, elements: Iterable[GroupElement] | None) -> list[GroupElement]:
-    if elements is None:
-        return grid_elements(field_type)
-    found = list(check_instance("elements", elements, Iterable, "group elements or None"))
-    for element in found:
-        check_element(field_type, element, "elements")
-    return found
+    return grid_elements(field_type) if elements is None else check_elements(field_type, elements)
 
 
 def _check_tolerance(tolerance: float | None) -> None:

@@ -561,7 +561,6 @@ def test_errors():
         lambda: RussianRoulette(exact_terms=0),
         lambda: RussianRoulette(probability=1.0),
         lambda: RussianRoulette(probability=0.0),
-        lambda: RussianRoulette(probes=1.5),
     ):
         with pytest.raises(ValueError, match="expected"):
             make()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -31,6 +32,7 @@ from pyro_equiflow.infer.latents import (
     validate_representations,
 )
 from pyro_equiflow.infer.quantiles import constrained_quantiles
+from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.serialization import forget_param_store
 
@@ -119,14 +121,16 @@ class AutoEquivariantFlow(AutoContinuous):
         check_invariance: bool = True,
         num_quantile_samples: int = 10_000,
     ) -> None:
+        check_instance("model", model, Callable, "a Pyro model")
         validate_representations(representations)
         if flow is not None and (not callable(flow) or isinstance(flow, Transform)):
             raise TypeError(
                 "flow: expected a callable from the latent's field type to a transform, found "
                 f"{type(flow).__name__}; for one that is built already pass lambda field_type: transform"
             )
-        if not isinstance(num_quantile_samples, int) or num_quantile_samples < 1:
-            raise ValueError(f"num_quantile_samples: expected a positive integer, found {num_quantile_samples!r}")
+        num_quantile_samples = check_integer("num_quantile_samples", num_quantile_samples, 1)
+        check_invariance = check_flag("check_invariance", check_invariance)
+        check_instance("init_loc_fn", init_loc_fn, Callable, "a function of sites, as Pyro's init_to_feasible")
         if auxiliary is not None:
             augment(next(iter(representations.values())), auxiliary)  # raises now what it would on the first call
         super().__init__(model, init_loc_fn=init_loc_fn)
@@ -349,6 +353,11 @@ class AutoEquivariantFlow(AutoContinuous):
         :raises ValueError: numbers outside 0 to 1, or a guide that was not called before.
         """
         self._require_set_up()
+        if not isinstance(quantiles, Tensor):
+            for quantile in check_instance(
+                "quantiles", quantiles, (list, tuple, np.ndarray), "numbers between 0 and 1"
+            ):
+                check_number("quantiles", quantile, "[0, 1]")
         latents = self.get_posterior(*args, **kwargs).sample((self.num_quantile_samples,))
         levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device).reshape(-1)
         if not bool(((levels >= 0) & (levels <= 1)).all()):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_equiflow.ops.arguments import check_instance, check_integer
+
 __all__ = [
     "EvidenceEstimate",
     "MetropolisChain",
@@ -109,7 +111,11 @@ def weighted_draws(
     :raises ValueError: a number that is not positive, a distribution with a batch shape, a log-density of another
         shape.
     """
-    check_sizes(num_samples, batch_size)
+    check_instance("distribution", distribution, Distribution, "a distribution")
+    check_instance("log_density", log_density, Callable, "a function from draws to log-densities")
+    num_samples, batch_size = check_integer("num_samples", num_samples, 1), check_integer("batch_size", batch_size, 1)
+    if progress is not None:
+        check_instance("progress", progress, Callable, "a function of two integers or None")
     if distribution.batch_shape:
         raise ValueError(
             f"distribution: expected batch shape (), found {tuple(distribution.batch_shape)}; take one of the batch, "
@@ -155,13 +161,12 @@ def _parts(owner: Any) -> Iterator[torch.nn.Module]:
             yield from _parts(part)
 
 
-def check_sizes(num_samples: int, batch_size: int) -> None:
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, found {value!r}")
 
 
 def _checked(log_weights: Tensor) -> Tensor:
+    check_instance("log_weights", log_weights, Tensor, "a torch.Tensor of shape (n,)")
+    if not log_weights.is_floating_point():
+        raise TypeError(f"log_weights: expected a floating-point tensor, found {log_weights.dtype}")
     log_weights = log_weights.detach().double().reshape(-1)
     if len(log_weights) < 2:
         raise ValueError(f"log_weights: expected two at least, found {len(log_weights)}")
@@ -223,12 +228,10 @@ def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[
     Reference: Burda, Grosse and Salakhutdinov, *Importance weighted autoencoders* (arXiv 1509.00519), eq. 8.
     """
     log_weights = _checked(log_weights)
-    groups = len(log_weights) // num_particles if num_particles > 0 else 0
-    if groups < 2:
-        raise ValueError(
-            f"num_particles: expected a positive integer up to half of the {len(log_weights)} weights, found "
-            f"{num_particles}"
-        )
+    most = len(log_weights) // 2
+    remedy = f"at most half of the {len(log_weights)} weights"
+    num_particles = check_integer("num_particles", num_particles, 1, most, remedy=remedy)
+    groups = len(log_weights) // num_particles
     bounds = log_weights[: groups * num_particles].view(groups, num_particles).logsumexp(1) - math.log(num_particles)
     return float(bounds.mean()), float(bounds.std()) / math.sqrt(groups)
 

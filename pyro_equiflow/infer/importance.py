@@ -16,9 +16,9 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_equiflow.infer.enumeration import is_enumerated, marginal_terms
-from pyro_equiflow.infer.evidence import check_sizes, evaluating
+from pyro_equiflow.infer.evidence import evaluating
 from pyro_equiflow.infer.latents import plate_nesting, preserved_random_state, subsampled_plate
-from pyro_equiflow.ops.arguments import check_integer
+from pyro_equiflow.ops.arguments import check_instance, check_integer
 
 __all__ = ["importance_weights"]
 
@@ -70,10 +70,13 @@ def importance_weights(
     :return: shape ``(num_samples,)``.
     :raises ValueError: a number that is not positive, or a model and a guide as above; the site or plate is named.
     """
-    check_sizes(num_samples, batch_size)
-    if max_plate_nesting is None:
+    check_instance("model", model, Callable, "a Pyro model")
+    check_instance("guide", guide, Callable, "a guide")
+    num_samples, batch_size = check_integer("num_samples", num_samples, 1), check_integer("batch_size", batch_size, 1)
+    if max_plate_nesting is not None:
+        max_plate_nesting = check_integer("max_plate_nesting", max_plate_nesting, 0, also="None")
+    else:
         max_plate_nesting = _plate_nesting(model, guide, args, kwargs)
-    check_integer("max_plate_nesting", max_plate_nesting, 0, also="None")
     weights = []
     with evaluating(model, guide):
         for start in range(0, num_samples, batch_size):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyro_equiflow.infer.joint_density import LogJoint
 from pyro_equiflow.infer.latents import preserved_random_state, site_field_types, validate_representations
-from pyro_equiflow.ops.events import act
+from pyro_equiflow.ops.arguments import check_instance, check_integer, check_number
+from pyro_equiflow.ops.events import act, check_elements
 from pyro_equiflow.ops.representations import probe_elements
 
 __all__ = ["InvarianceReport", "SiteChange", "check_model_invariance"]
@@ -167,11 +168,12 @@ def check_model_invariance(
     :raises ValueError: sites unknown to the model, sizes that do not fit, unlike gspaces, no draw at which the log
         joint is finite, or a model that does not run with its discrete sites enumerated.
     """
+    check_instance("model", model, Callable, "a Pyro model")
     validate_representations(representations)
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples: expected a positive integer, found {num_samples!r}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
-        raise ValueError(f"tolerance: expected a number of nats, 0 or more, found {tolerance!r}")
+    num_samples = check_integer("num_samples", num_samples, 1)
+    tolerance = check_number("tolerance", tolerance, "[0, inf)")
+    if elements is not None:
+        elements = check_elements(next(iter(representations.values())), elements)
     store = pyro.get_param_store()
     known = set(store.keys())
     try:

@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.representations import validate_field_type
 
 __all__ = ["latent_field_type", "preserved_random_state", "validate_representations"]
@@ -42,11 +43,8 @@ def validate_representations(representations: Mapping[str, FieldType]) -> None:
     :raises TypeError: not a mapping, or values that are not field types.
     :raises ValueError: nothing in it, a base space, or unlike gspaces.
     """
-    if not isinstance(representations, Mapping):
-        raise TypeError(
-            "representations: expected a dict of latent site names and escnn field types, found "
-            f"{type(representations).__name__}"
-        )
+    expected = "a dict of latent site names and escnn field types"
+    check_instance("representations", representations, Mapping, expected)
     if not representations:
         raise ValueError(
             "representations: expected a field type for one latent site at least, found none; a guide without a "
@@ -54,6 +52,7 @@ def validate_representations(representations: Mapping[str, FieldType]) -> None:
         )
     first, gspace = "", None
     for name, field_type in representations.items():
+        check_instance("representations", name, str, "names of latent sites")
         validate_field_type(field_type, f"representations[{name!r}]")
         if field_type.gspace.dimensionality:
             raise ValueError(

@@ -11,12 +11,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance, check_number
+
 __all__ = [
     "Estimator",
     "LogDet",
     "Pass",
     "check_call",
-    "check_positive",
     "forward_pass",
     "power_series_remainder",
     "range_error",
@@ -84,19 +85,10 @@ class Estimator(Protocol):
     ) -> LogDet: ...
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raises ``ValueError`` unless ``value`` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, found {value!r}")
-
-
 def check_call(x: Tensor, lipschitz: float) -> None:
     """Raises unless ``x`` is a batch of floating-point events and ``lipschitz`` lies in (0, 1)."""
-    if not 0.0 < lipschitz < 1.0:
-        raise ValueError(
-            f"lipschitz: expected a bound inside (0, 1), found {lipschitz}; I + J need not be invertible otherwise: "
-            "scale fn down"
-        )
+    check_number("lipschitz", lipschitz, "(0, 1)", remedy="I + J need not be invertible otherwise: scale fn down")
+    check_instance("x", x, Tensor, "a torch.Tensor")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, found {x.dtype}; convert it with .to()")
     if x.dim() < 2:

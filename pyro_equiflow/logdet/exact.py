@@ -12,10 +12,10 @@ from torch import Tensor
 from pyro_equiflow.logdet.base import (
     LogDet,
     check_call,
-    check_positive,
     forward_pass,
     rounding_allowance,
 )
+from pyro_equiflow.ops.arguments import check_integer, set_fields
 from pyro_equiflow.ops.dense import dense_jacobian, log_det_definite
 from pyro_equiflow.ops.tracing import full_precision
 
@@ -51,7 +51,7 @@ class Exact:
     rows: int = 64
 
     def __post_init__(self) -> None:
-        check_positive("rows", self.rows)
+        set_fields(self, rows=check_integer("rows", self.rows, 1))
 
     @full_precision
     def __call__(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_equiflow.logdet.base import Estimator, LogDet, check_call, check_positive
+from pyro_equiflow.logdet.base import Estimator, LogDet, check_call
 from pyro_equiflow.logdet.exact import Exact
 from pyro_equiflow.logdet.series import PowerSeries, RussianRoulette
+from pyro_equiflow.ops.arguments import check_instance, check_integer
 
 __all__ = ["ByMode", "default_estimator"]
 
@@ -43,6 +44,10 @@ class ByMode:
 
     training: Estimator
     evaluation: Estimator
+
+    def __post_init__(self) -> None:
+        for name in ("training", "evaluation"):
+            check_instance(name, getattr(self, name), Callable, "an estimator such as Exact()")
 
     def __call__(
         self, fn: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor], *, lipschitz: float, training: bool
@@ -89,7 +94,7 @@ def default_estimator(event_size: int) -> Estimator:
     :param event_size: number of entries of one event.
     :raises ValueError: ``event_size`` is not a positive integer.
     """
-    check_positive("event_size", event_size)
+    event_size = check_integer("event_size", event_size, 1)
     if event_size <= EXACT_IN_TRAINING:
         return Exact()
     fixed = Exact() if event_size <= EXACT_IN_EVALUATION else PowerSeries(probes=16)

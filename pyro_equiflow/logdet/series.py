@@ -16,13 +16,13 @@ from pyro_equiflow.logdet.base import (
     LogDet,
     Pass,
     check_call,
-    check_positive,
     forward_pass,
     power_series_remainder,
     range_error,
     rounding_allowance,
 )
 from pyro_equiflow.logdet.probes import DISTRIBUTIONS, geometric, probe_vectors
+from pyro_equiflow.ops.arguments import check_choice, check_integer, check_number, set_fields
 from pyro_equiflow.ops.dense import dense_jacobian
 from pyro_equiflow.ops.tracing import full_precision
 
@@ -145,11 +145,6 @@ def _summary(values: list[Tensor], run: Pass, size: int, lipschitz: float) -> Lo
     return LogDet(value, range_error(value, size, lipschitz), stderr, y)
 
 
-def _check_distribution(distribution: str) -> None:
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution: expected one of {DISTRIBUTIONS}, found {distribution!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PowerSeries:
     r"""The log-determinant by its truncated power series.
@@ -197,17 +192,19 @@ class PowerSeries:
     rows: int = 64
 
     def __post_init__(self) -> None:
-        if self.terms is not None:
-            check_positive("terms", self.terms)
-        if self.probes is not None:
-            check_positive("probes", self.probes)
-        check_positive("rows", self.rows)
-        _check_distribution(self.distribution)
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive number, found {self.tolerance}")
+        for name in ("terms", "probes"):
+            if getattr(self, name) is not None:
+                set_fields(self, **{name: check_integer(name, getattr(self, name), 1, also="None")})
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        set_fields(
+            self,
+            rows=check_integer("rows", self.rows, 1),
+            tolerance=check_number("tolerance", self.tolerance, "(0, inf)"),
+        )
 
     def terms_for(self, lipschitz: float) -> int:
         """Number of terms used at a Lipschitz bound."""
+        check_number("lipschitz", lipschitz, "(0, 1)")
         if self.terms is not None:
             return self.terms
         terms = 1
@@ -297,15 +294,16 @@ class RussianRoulette:
     distribution: str = "rademacher"
 
     def __post_init__(self) -> None:
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        set_fields(self, probes=check_integer("probes", self.probes, 1))
         if self.exact_terms is not None:
-            check_positive("exact_terms", self.exact_terms)
-        check_positive("probes", self.probes)
-        _check_distribution(self.distribution)
-        if self.probability is not None and not 0.0 < self.probability < 1.0:
-            raise ValueError(f"probability: expected a number inside (0, 1) or None, found {self.probability}")
+            set_fields(self, exact_terms=check_integer("exact_terms", self.exact_terms, 1, also="None"))
+        if self.probability is not None:
+            set_fields(self, probability=check_number("probability", self.probability, "(0, 1)", also="None"))
 
     def terms_for(self, lipschitz: float) -> tuple[int, float]:
         """Number of terms always there, and probability of stopping after each further one, at a Lipschitz bound."""
+        check_number("lipschitz", lipschitz, "(0, 1)")
         exact = math.ceil(1 / (1 - lipschitz) - 1e-6) if self.exact_terms is None else self.exact_terms
         probability = min(1 - lipschitz, 1 - 1e-6) if self.probability is None else self.probability
         return exact if self.exact_terms else max(exact, 4), probability

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
 from pyro_equiflow.nn.gated import Gates
 from pyro_equiflow.nn.silu import silu, silu_slope
-from pyro_equiflow.ops.arguments import check_choice, check_instance, check_integer
+from pyro_equiflow.ops.arguments import check_choice, check_instance, check_integer, check_items
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import is_permutation, validate_field_type
 
@@ -137,9 +137,8 @@ class FieldGates(SteerableModule):
     def __init__(self, gspace: GSpace, scalars: int, irreps: list[IrreducibleRepresentation]) -> None:
         check_instance("gspace", gspace, GSpace, "an escnn gspace")
         scalars = check_integer("scalars", scalars, 0)
-        check_instance("irreps", irreps, (list, tuple), "a list of irreps")
+        irreps = check_items("irreps", irreps, IrreducibleRepresentation, "a list of irreps, such as gspace.irrep(1)")
         for irrep in irreps:
-            check_instance("irreps", irrep, IrreducibleRepresentation, "irreps, such as gspace.irrep(1)")
             if irrep.group != gspace.fibergroup:
                 raise ValueError(f"irreps: expected irreps of {gspace.fibergroup}, found one of {irrep.group}")
         if not irreps:

@@ -13,6 +13,7 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.events import check_sides, grid_elements, signed_permutation
 from pyro_equiflow.ops.tracing import full_precision, is_traced
 
@@ -46,6 +47,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     References: Delattre et al., *Efficient bound of Lipschitz constant for convolutional layers by Gram iteration*
     (arXiv 2305.16173).
     """
+    check_instance("weight", matrix, Tensor, "a torch.Tensor")
     if matrix.numel() == 0:
         return matrix.new_zeros((), dtype=matrix.real.dtype)
     # Squares of large entries overflow. The scale is a constant for gradients: the bound is homogeneous.
@@ -180,6 +182,7 @@ def convolution_norm(weight: Tensor, angles: np.ndarray, factor: float) -> Tenso
     :param factor: see :func:`frequencies`.
     :return: a real scalar tensor.
     """
+    check_instance("weight", weight, Tensor, "a torch.Tensor")
     if weight.numel() == 0:
         return weight.new_zeros(())
     scale = _scale(weight)

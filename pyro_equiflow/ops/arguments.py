@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 __all__ = [
     "check_choice",
+    "check_dtype",
     "check_flag",
     "check_instance",
     "check_integer",
     "check_integers",
+    "check_items",
     "check_keywords",
     "check_number",
     "found",
+    "set_fields",
 ]
 
 _Value = TypeVar("_Value")
@@ -157,6 +161,34 @@ def check_instance(name: str, value: _Value, kind: Any, expected: str, *, remedy
     return value
 
 
+def check_items(name: str, value: Any, kind: Any, expected: str, *, remedy: str = "") -> list[Any]:
+    """The items of an iterable, instances of a class all of them.
+
+    :param expected: both in words: ``"a sequence of tensors"``.
+    :raises TypeError: no iterable, a string or a mapping, or an item of another class.
+    """
+    try:
+        items = None if isinstance(value, str | bytes | Mapping) else list(value)
+    except TypeError:
+        items = None
+    if items is None:
+        raise _refused(TypeError, name, expected, value, remedy)
+    return [check_instance(name, item, kind, expected, remedy=remedy) for item in items]
+
+
+def check_dtype(name: str, dtype: torch.dtype, *, also: str = "") -> torch.dtype:
+    """A floating-point dtype.
+
+    :raises TypeError: not a dtype.
+    :raises ValueError: one of integers, say.
+    """
+    expected = "a floating-point torch.dtype" + (f" or {also}" if also else "")
+    check_instance(name, dtype, torch.dtype, expected)
+    if not dtype.is_floating_point:
+        raise ValueError(f"{name}: expected {expected}, found {dtype}")
+    return dtype
+
+
 def check_keywords(
     owner: Callable[..., Any], given: Iterable[str], *takers: Callable[..., Any], without: Iterable[str] = ()
 ) -> None:
@@ -178,3 +210,9 @@ def check_keywords(
 def _keywords(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def set_fields(instance: object, **values: Any) -> None:
+    """Sets fields of a frozen dataclass to what checks gave: numbers of numpy become Python's."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)

@@ -4,7 +4,7 @@ r"""Events ``(*batch, C, *spatial)``: checks of shape and dtype, and the group's
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
-from pyro_equiflow.ops.arguments import check_instance, check_integers
+from pyro_equiflow.ops.arguments import check_instance, check_integers, check_items
 from pyro_equiflow.ops.representations import validate_field_type
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "channel_matmul",
     "channel_matrix",
     "check_element",
+    "check_elements",
     "check_event",
     "check_sides",
     "event_dim",
@@ -90,9 +91,9 @@ def check_sides(spatial_shape: Sequence[int], dimensions: int, name: str = "spat
     """The side lengths of a grid of so many dimensions.
 
     :raises TypeError: no sequence of integers.
-    :raises ValueError: another number of them, or one that is negative.
+    :raises ValueError: another number of them, or one that is not positive.
     """
-    sides = check_integers(name, spatial_shape, 0)
+    sides = check_integers(name, spatial_shape, 1)
     if len(sides) != dimensions:
         raise ValueError(
             f"{name}: expected {dimensions} side lengths, found {sides}; the grid of the field type has {dimensions} "
@@ -215,6 +216,20 @@ def _check_acting(field_type: FieldType, element: GroupElement, x: Tensor) -> No
     dimensions = event_dim(field_type)
     if x.dim() < dimensions or x.shape[-dimensions] != field_type.size:
         raise ValueError(f"x: expected shape (*batch, {field_type.size}, *spatial), found {tuple(x.shape)}")
+
+
+def check_elements(
+    field_type: FieldType, elements: Iterable[GroupElement], name: str = "elements"
+) -> list[GroupElement]:
+    """Elements of the type's group.
+
+    :raises TypeError: not an iterable of group elements.
+    :raises ValueError: one of another group.
+    """
+    chosen = check_items(name, elements, GroupElement, "group elements")
+    for element in chosen:
+        check_element(field_type, element, name)
+    return chosen
 
 
 def check_element(field_type: FieldType, element: GroupElement, name: str) -> None:

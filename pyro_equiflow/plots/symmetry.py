@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance
-from pyro_equiflow.ops.events import act, check_element, check_event, grid_elements
+from pyro_equiflow.ops.events import act, check_elements, check_event, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.plots.looks import new_axes, with_looks
 from pyro_equiflow.testing import equivariance_errors
@@ -43,9 +43,12 @@ def _name(field_type: FieldType, element: GroupElement) -> str:
     return f"mirror {degrees / 2:.3g}°" if flipped else f"{degrees}°"
 
 
-def _chosen(elements: Iterable[GroupElement] | None) -> list[GroupElement] | None:
-    chosen = None if elements is None else list(check_instance("elements", elements, Iterable, "group elements"))
-    if chosen == []:
+def _chosen(field_type: FieldType, elements: Iterable[GroupElement] | None) -> list[GroupElement]:
+    validate_field_type(field_type)
+    if elements is None:
+        return grid_elements(field_type)
+    chosen = check_elements(field_type, elements)
+    if not chosen:
         raise ValueError("elements: expected one group element at least, found none; leave it out for all")
     return chosen
 
@@ -83,17 +86,17 @@ def plot_equivariance_error(
     :param ax: where to draw; a new figure by default.
     :raises ValueError: no field type, or errors that are not finite.
     """
-    chosen = _chosen(elements)
     maps = with_looks("function", function)
     for one in maps:
         check_instance(
             "function", one.value, Callable, "a transform, a function of events, or a mapping of labels to such"
         )
+    in_type = getattr(maps[0].value, "field_type", None) if field_type is None else field_type
+    chosen = None if in_type is None else _chosen(in_type, elements)
     found = [equivariance_errors(one.value, x, field_type, out_type=out_type, elements=chosen) for one in maps]
     bad = [g for errors in found for g, error in errors if not math.isfinite(error)]
     if bad:
         raise ValueError(f"function: expected finite images of x, found NaN or infinity at the group element {bad[0]}")
-    in_type = field_type if field_type is not None else maps[0].value.field_type
     epsilon = torch.finfo(x.dtype).eps
     ax = new_axes(ax)
     lowest = min((e for errors in found for _, e in errors if e > 0), default=epsilon)
@@ -174,9 +177,7 @@ def plot_rotations(
             f"images: expected shape (n, C, H, W) under a field type of images, found {tuple(images.shape)} under "
             f"{field_type}"
         )
-    chosen = _chosen(elements) or grid_elements(field_type)
-    for element in chosen:
-        check_element(field_type, element, "elements")
+    chosen = _chosen(field_type, elements)
     if function is not None:
         check_instance("function", function, Callable, "a transform, a function of events, or None")
     if out_type is not None:

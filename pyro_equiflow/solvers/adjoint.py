@@ -12,9 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance, check_integer, check_items, set_fields
 from pyro_equiflow.ops.dense import dense_jacobian, solve_definite
 from pyro_equiflow.ops.tracing import full_precision
-from pyro_equiflow.solvers.iteration import Map, OnFailure, Solver, event_norm, take
+from pyro_equiflow.solvers.iteration import (
+    Map,
+    OnFailure,
+    Solver,
+    check_batch,
+    check_contraction,
+    check_stopping,
+    event_norm,
+    take,
+)
 from pyro_equiflow.solvers.methods import Anderson
 
 __all__ = ["Adjoint", "DenseAdjoint", "ImplicitAdjoint", "Problem", "UnrolledAdjoint", "per_sample"]
@@ -104,6 +114,7 @@ class _AtTheRoot(Adjoint):
         jacobian: Callable[[], Tensor | None] = lambda: None,
     ) -> Tensor:
         """See :meth:`Adjoint.attach`; what ``value`` holds is returned to the last bit."""
+        _check_attached(phi, value, lipschitz, jacobian)
         problem = Problem(phi, per_sample(tensors, batched, value), lipschitz, jacobian)
         return _Implicit.apply(self, problem, value.detach(), *tensors)
 
@@ -148,6 +159,10 @@ class ImplicitAdjoint(_AtTheRoot):
     tolerance: float | None = None
     max_steps: int | None = None
     on_failure: OnFailure = "raise"
+
+    def __post_init__(self) -> None:
+        check_instance("solver", self.solver, Solver, "a solver such as pyro_equiflow.solvers.Anderson()")
+        check_stopping(self.tolerance, self.max_steps, self.on_failure)
 
     def _solve(self, linear: _Linear) -> Tensor:
         upstream = linear.upstream
@@ -221,8 +236,8 @@ class UnrolledAdjoint(Adjoint):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected a positive integer or None, found {self.steps!r}")
+        if self.steps is not None:
+            set_fields(self, steps=check_integer("steps", self.steps, 1, also="None"))
 
     def attach(
         self,
@@ -235,6 +250,7 @@ class UnrolledAdjoint(Adjoint):
         jacobian: Callable[[], Tensor | None] = lambda: None,
     ) -> Tensor:
         """See :meth:`Adjoint.attach`; the value is that of the last step."""
+        _check_attached(phi, value, lipschitz, jacobian)
         per_sample(tensors, batched, value)
         steps = self.steps
         if steps is None:
@@ -245,8 +261,18 @@ class UnrolledAdjoint(Adjoint):
         return x
 
 
+def _check_attached(phi: object, value: Tensor, lipschitz: float, jacobian: object) -> None:
+    check_instance("phi", phi, Callable, "a map (x, *tensors) to x")
+    check_batch("value", value)
+    check_contraction(lipschitz)
+    check_instance("jacobian", jacobian, Callable, "a function without arguments")
+
+
 def per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Tensor) -> tuple[bool, ...]:
     """The flags ``batched``, one for each tensor; raises ``ValueError`` where they do not fit."""
+    check_items("tensors", tensors, Tensor, "a sequence of tensors")
+    if batched is not None:
+        check_items("batched", batched, bool, "a sequence of flags or None")
     flags = tuple(batched) if batched is not None else len(tensors) * (False,)
     if len(flags) != len(tensors):
         raise ValueError(f"batched: expected one flag for each of {len(tensors)} tensors, found {len(flags)}")

@@ -8,14 +8,34 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from pyro_equiflow.errors import ConvergenceError
+from pyro_equiflow.ops.arguments import (
+    check_choice,
+    check_dtype,
+    check_instance,
+    check_integer,
+    check_number,
+    set_fields,
+)
 
-__all__ = ["Map", "OnFailure", "Proposals", "Solution", "Solver", "event_norm", "report", "take"]
+__all__ = [
+    "Map",
+    "OnFailure",
+    "Proposals",
+    "Solution",
+    "Solver",
+    "check_batch",
+    "check_contraction",
+    "check_stopping",
+    "event_norm",
+    "report",
+    "take",
+]
 
 Map = Callable[[Tensor, "Tensor | None"], Tensor]
 OnFailure = Literal["raise", "warn", "ignore"]
@@ -111,8 +131,7 @@ class Solver(ABC):
     rounding: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rounding) and self.rounding >= 0):
-            raise ValueError(f"rounding: expected a number >= 0, found {self.rounding!r}")
+        set_fields(self, rounding=check_number("rounding", self.rounding, "[0, inf)"))
 
     @abstractmethod
     def _proposals(self, lipschitz: float) -> Proposals:
@@ -160,7 +179,7 @@ class Solver(ABC):
         References: Banach's fixed-point theorem; Behrmann et al., *Invertible residual networks* (arXiv 1811.00995).
         """
         strict = tolerance is not None if strict is None else strict
-        tolerance = self._check(x0, lipschitz, tolerance, max_steps, on_failure)
+        tolerance = self._check(phi, x0, lipschitz, tolerance, max_steps, on_failure)
         slack = self.rounding * torch.finfo(x0.dtype).eps
         x = _flat(x0.detach())
         total = len(x)
@@ -226,28 +245,22 @@ class Solver(ABC):
 
     def default_tolerance(self, dtype: torch.dtype, lipschitz: float) -> float:
         """The relative certified error that is asked for where none is given, see :meth:`solve`."""
+        check_dtype("dtype", dtype)
+        check_contraction(lipschitz)
         floor = max(self.rounding, 1.0) * torch.finfo(dtype).eps / (1 - lipschitz)
         return max(1e-12, self._headroom(lipschitz) * floor)
 
     def _check(
-        self, x0: Tensor, lipschitz: float, tolerance: float | None, max_steps: int | None, on_failure: str
+        self, phi: Map, x0: Tensor, lipschitz: float, tolerance: float | None, max_steps: int | None, on_failure: str
     ) -> float:
-        if x0.dim() < 1 or x0.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"x0: expected float32 or float64 of shape (B, *event), found {x0.dtype} of {tuple(x0.shape)}"
-            )
-        if not 0 <= lipschitz < 1:
-            raise ValueError(
-                f"lipschitz: expected a bound in [0, 1), found {lipschitz!r}: only a contraction is solved"
-            )
-        if max_steps is not None and max_steps < 1:
-            raise ValueError(f"max_steps: expected a positive integer or None, found {max_steps!r}")
-        if on_failure not in ("raise", "warn", "ignore"):
-            raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", found {on_failure!r}')
+        check_instance("phi", phi, Callable, "a map (x, index) to x")
+        check_batch("x0", x0)
+        check_contraction(lipschitz)
+        check_stopping(tolerance, max_steps, on_failure)
         floor = self.rounding * torch.finfo(x0.dtype).eps / (1 - lipschitz)
         if tolerance is None:
             tolerance = self.default_tolerance(x0.dtype, lipschitz)
-        elif not floor < tolerance < math.inf:
+        elif not floor < tolerance:
             raise ValueError(
                 f"tolerance: expected above {floor:.1e}, which is what rounding leaves in {x0.dtype} with "
                 f"lipschitz={lipschitz:g}, found {tolerance!r}: raise it or use float64"
@@ -256,6 +269,37 @@ class Solver(ABC):
         if not finite.all():
             raise ValueError(f"x0: expected finite values, found {_count(~finite)} that are not")
         return tolerance
+
+
+def check_batch(name: str, x: Tensor) -> None:
+    """Raises unless ``x`` is a batch of events that a solver works on.
+
+    :raises TypeError: not a tensor.
+    :raises ValueError: of another dtype, or without a batch dimension.
+    """
+    check_instance(name, x, Tensor, "a torch.Tensor")
+    if x.dim() < 1 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}: expected float32 or float64 of shape (B, *event), found {x.dtype} of {tuple(x.shape)}"
+        )
+
+
+def check_contraction(lipschitz: float) -> float:
+    """A Lipschitz bound in [0, 1)."""
+    return check_number("lipschitz", lipschitz, "[0, 1)", remedy="only a contraction is solved")
+
+
+def check_stopping(tolerance: float | None, max_steps: int | None, on_failure: str) -> None:
+    """Raises unless a solver can stop by these.
+
+    :raises TypeError: one of another type.
+    :raises ValueError: one out of range.
+    """
+    if tolerance is not None:
+        check_number("tolerance", tolerance, "(0, inf)", also="None")
+    if max_steps is not None:
+        check_integer("max_steps", max_steps, 1, also="None")
+    check_choice("on_failure", on_failure, get_args(OnFailure))
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_integer, check_number, set_fields
 from pyro_equiflow.ops.dense import solve_definite
 from pyro_equiflow.solvers.iteration import Proposals, Solver, take
 
@@ -81,10 +82,11 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.memory, int) or self.memory < 1:
-            raise ValueError(f"memory: expected a positive integer, found {self.memory!r}")
-        if not 0 <= self.regularization < 1:
-            raise ValueError(f"regularization: expected a number in [0, 1), found {self.regularization!r}")
+        set_fields(
+            self,
+            memory=check_integer("memory", self.memory, 1),
+            regularization=check_number("regularization", self.regularization, "[0, 1)"),
+        )
 
     def _proposals(self, lipschitz: float) -> Proposals:
         return _Mixed(lipschitz, self.memory, self.regularization)

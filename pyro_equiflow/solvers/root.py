@@ -9,9 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_flag, check_instance
 from pyro_equiflow.ops.tracing import full_precision, is_traced
 from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, Problem, per_sample
-from pyro_equiflow.solvers.iteration import Map, OnFailure, Solution, Solver, event_norm, report, take
+from pyro_equiflow.solvers.iteration import (
+    Map,
+    OnFailure,
+    Solution,
+    Solver,
+    check_batch,
+    check_contraction,
+    check_stopping,
+    event_norm,
+    report,
+    take,
+)
 from pyro_equiflow.solvers.methods import Anderson
 
 __all__ = ["fixed_point"]
@@ -87,7 +99,17 @@ def fixed_point(
             "expected plain tensors, found those of torch.func or torch.compile: a solver decides by values, which "
             "these do not show; call it on a batch, and differentiate by torch.autograd"
         )
-    problem = Problem(phi, per_sample(tensors, batched, x0), lipschitz)
+    check_instance("phi", phi, Callable, "a map (x, *tensors) to x")
+    check_batch("x0", x0)
+    if solver is not None:
+        check_instance("solver", solver, Solver, "a solver such as pyro_equiflow.solvers.Anderson()")
+    if adjoint is not None:
+        check_instance("adjoint", adjoint, Adjoint, "an adjoint such as pyro_equiflow.solvers.ImplicitAdjoint()")
+    check_flag("refine", refine)
+    if wide is not None:
+        check_instance("wide", wide, Callable, "a function without arguments or None")
+    check_stopping(tolerance, max_steps, on_failure)
+    problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz))
     solver = solver or Anderson()
     detached = [t.detach() for t in tensors]
     options: dict[str, Any] = {"lipschitz": lipschitz, "max_steps": max_steps}

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from pyro_equiflow.ops.arguments import check_instance
+from pyro_equiflow.ops.arguments import check_items
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 
 __all__ = ["Compose"]
@@ -37,10 +37,10 @@ class Compose(EquivariantTransform):
     """
 
     def __init__(self, transforms: list[EquivariantTransform], *, cache_size: int = 1) -> None:
-        transforms = list(check_instance("transforms", transforms, Iterable, "a list of EquivariantTransform parts"))
         remedy = "other transforms compose in a TransformedDistribution's list"
-        for part in transforms:
-            check_instance("transforms", part, EquivariantTransform, "EquivariantTransform parts", remedy=remedy)
+        transforms = check_items(
+            "transforms", transforms, EquivariantTransform, "a list of EquivariantTransform parts", remedy=remedy
+        )
         if not transforms:
             raise ValueError("transforms: expected at least one part, found none")
         for before, part in zip(transforms, transforms[1:]):

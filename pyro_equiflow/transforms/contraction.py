@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from escnn import nn as enn
@@ -14,12 +14,12 @@ from torch import Tensor
 from pyro_equiflow.logdet import Estimator, LogDet, default_estimator
 from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
-from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
+from pyro_equiflow.ops.arguments import check_flag, check_instance
 from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
-from pyro_equiflow.solvers.iteration import OnFailure, event_norm
+from pyro_equiflow.solvers.iteration import OnFailure, check_stopping, event_norm
 from pyro_equiflow.transforms.base import Deferred
 from pyro_equiflow.transforms.conditional import ConditionableTransform, with_context_fields
 from pyro_equiflow.transforms.precision import Solved
@@ -157,11 +157,7 @@ class ContractionTransform(Solved, ConditionableTransform):
             check_instance("solver", solver, Solver, "a solver such as pyro_equiflow.solvers.Anderson()")
         if adjoint is not None:
             check_instance("adjoint", adjoint, Adjoint, "an adjoint such as pyro_equiflow.solvers.ImplicitAdjoint()")
-        if tolerance is not None:
-            tolerance = check_number("tolerance", tolerance, "(0, inf)", also="None")
-        if max_steps is not None:
-            max_steps = check_integer("max_steps", max_steps, 1, also="None")
-        check_choice("on_failure", on_failure, get_args(OnFailure))
+        check_stopping(tolerance, max_steps, on_failure)
         self.log_det = log_det
         self.solver = solver
         self.adjoint = adjoint

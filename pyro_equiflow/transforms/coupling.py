@@ -240,6 +240,7 @@ class ConditionalEquivariantCoupling(ConditionalEquivariantTransform):
         conditioner: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
+        validate_field_type(context_type, "context_type")
         check_keywords(ConditionalEquivariantCoupling, kwargs, EquivariantCoupling, without=["context_type"])
         super().__init__(
             EquivariantCoupling(field_type, conditioner, context_type=context_type, **kwargs), context_type

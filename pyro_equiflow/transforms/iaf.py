@@ -259,6 +259,7 @@ class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
         conditioner: MaskedSteerableNet,
         **kwargs: Any,
     ) -> None:
+        validate_field_type(context_type, "context_type")
         check_keywords(ConditionalEquivariantIAF, kwargs, EquivariantIAF, without=["context_type"])
         super().__init__(EquivariantIAF(field_type, conditioner, context_type=context_type, **kwargs), context_type)
 

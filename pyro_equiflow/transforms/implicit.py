@@ -155,6 +155,7 @@ class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
         conditioner_y: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
+        validate_field_type(context_type, "context_type")
         check_keywords(ConditionalEquivariantImplicit, kwargs, EquivariantImplicit, without=["context_type"])
         transform = EquivariantImplicit(field_type, conditioner_x, conditioner_y, context_type=context_type, **kwargs)
         super().__init__(transform, context_type)

@@ -150,6 +150,7 @@ class ConditionalEquivariantResidual(ConditionalEquivariantTransform):
         conditioner: enn.EquivariantModule,
         **kwargs: Any,
     ) -> None:
+        validate_field_type(context_type, "context_type")
         check_keywords(ConditionalEquivariantResidual, kwargs, EquivariantResidual, without=["context_type"])
         super().__init__(
             EquivariantResidual(field_type, conditioner, context_type=context_type, **kwargs), context_type

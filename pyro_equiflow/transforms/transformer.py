@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pyro_equiflow.ops.arguments import check_choice, check_integer, check_number
+from pyro_equiflow.ops.arguments import check_choice, check_integer, check_number, set_fields
 from pyro_equiflow.ops.splines import MIN_BIN
 from pyro_equiflow.transforms.affine import BlockAffine, BlockCommutant
 from pyro_equiflow.transforms.block_map import BlockMap
@@ -38,10 +38,13 @@ class Transformer:
 
     def __post_init__(self) -> None:
         check_choice("transformer", self.kind, _KINDS)
-        for name in ("log_scale_bound", "spline_bound"):
-            object.__setattr__(self, name, check_number(name, getattr(self, name), "(0, inf)"))
         most = int(0.5 / MIN_BIN)  # so that least lengths leave half of the interval to choose
-        object.__setattr__(self, "num_bins", check_integer("num_bins", self.num_bins, 2, most))
+        set_fields(
+            self,
+            log_scale_bound=check_number("log_scale_bound", self.log_scale_bound, "(0, inf)"),
+            spline_bound=check_number("spline_bound", self.spline_bound, "(0, inf)"),
+            num_bins=check_integer("num_bins", self.num_bins, 2, most),
+        )
 
     def keywords(self) -> dict[str, Any]:
         """The settings by the keywords that transforms take them by."""
