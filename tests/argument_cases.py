@@ -32,6 +32,7 @@ from tests.argument_names import (
     DENSITY,
     EVENTS,
     GRAY,
+    HALF_TURNS,
     NETWORK,
     NORMAL,
     O2,
@@ -269,7 +270,7 @@ LINES: dict[str, Line] = {
     "image_flow": line(
         {"nonlinearity": choice("pointwise", "gated").or_none(), "levels": integer().but(9),
          "kept": integers(lambda v: False, 1, (0, 0), (9,), "ab").or_none()},
-        field_type=GRAY, shape=(4, 4), levels=1, hidden_dims=(4,), num_transforms=1,
+        field_type=HALF_TURNS, shape=(4, 4), levels=1, hidden_dims=(4,), num_transforms=1,
         through=[pe.equivariant_flow, pe.equivariant_coupling, nn.steerable_net],
         without=("zero_init", "split"),
     ),

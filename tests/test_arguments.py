@@ -10,7 +10,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 import pyro_equiflow as pe
 from pyro_equiflow import infer, logdet, nn, plots, solvers, testing, transforms
@@ -89,34 +90,38 @@ def test_the_baseline_works_and_numbers_of_numpy_too(name):
         function(**{**baseline, **examples})
 
 
-# A failure shows the value as it was drawn: there is nothing to shrink in most.
-_SETTINGS = settings(
-    max_examples=12, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
-CASES = [(name, argument) for name in LINES for argument in arguments(name)]
+@pytest.mark.parametrize("name", LINES)
+def test_wrong_arguments(name):
+    """Near misses, and whatever comes: one argument after the other, all others as in the baseline."""
+    function, line = called(name), LINES[name]
 
+    def refused(argument: str, value: Any) -> None:
+        try:
+            function(**{**line.baseline(), argument: value})
+        except (TypeError, ValueError) as error:
+            text = str(error)
+        else:
+            pytest.fail(f"{argument}={value!r} is taken")
+        known = "expected" in text and "found" in text and line.named.get(argument, argument) in text
+        assert known, f"{argument}={value!r}: {text}"
 
-@pytest.mark.parametrize("name, argument", CASES)
-def test_wrong_arguments(name, argument):
-    baseline, function, line = LINES[name].baseline(), called(name), LINES[name]
+    # A failure shows what was drawn: there is little to shrink.
+    @settings(
+        max_examples=8, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.fixed_dictionaries({argument: sort(name, argument).anything() for argument in arguments(name)}))
+    def anything(values: dict[str, Any]) -> None:
+        for argument, value in values.items():
+            refused(argument, value)
 
-    @_SETTINGS
-    @given(value=sort(name, argument).anything())
-    def refused(value):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pytest.raises((TypeError, ValueError)) as raised:
-                function(**{**baseline, argument: value})
-        text = str(raised.value)
-        assert "expected" in text and "found" in text and line.named.get(argument, argument) in text, text
-
-    for wrong in sort(name, argument).wrong:
-        refused = example(value=wrong)(refused)
-    try:
-        refused()
-    finally:
-        plt.close("all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for argument in arguments(name):
+            for value in sort(name, argument).wrong:
+                refused(argument, value)
+        anything()
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", [name for name in LINES if LINES[name].through])

@@ -238,7 +238,10 @@ def test_no_elements_are_refused() -> None:
     """Nothing to draw."""
     space = gspaces.rot2dOnR2(4)
     kind, x = enn.FieldType(space, [space.trivial_repr]), torch.rand(1, 1, 4, 4)
-    for draw in (lambda: plot_rotations(x, kind, elements=[]), lambda: plot_equivariance_error(abs, x, elements=())):
+    for draw in (
+        lambda: plot_rotations(x, kind, elements=[]),
+        lambda: plot_equivariance_error(abs, x, field_type=kind, elements=()),
+    ):
         with pytest.raises(ValueError, match="elements: expected one group element at least"):
             draw()
 
