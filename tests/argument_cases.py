@@ -359,6 +359,11 @@ LINES: dict[str, Line] = {
     "equivariance_errors": line(_MAPS, function=torch.neg, x=X, field_type=VECTORS),
     "invariance_error": line(_OPTIONAL_TYPE, _SCORED, distribution=NORMAL, x=X, field_type=VECTORS),
     "inverse_error": line(_OF_ANY, transform=_Made(coupling), x=X),
+    "rounding_error": line(
+        {"function": CALLABLE, "x": instance(torch.Tensor, X.long(), X.double(), X.numpy()),
+         "event_dim": integer(1, 2), "image": instance(torch.Tensor).or_none()},
+        function=torch.neg, x=X,
+    ),
     "log_det_error": line(_OF_ANY, transform=_Made(coupling), x=X[:1]),
     # ---- pictures
     "plot_density": line(
@@ -398,7 +403,7 @@ EXEMPT: dict[str, str] = {
         _RESULT,
     ),
     **dict.fromkeys(("Adjoint", "Adjoint.attach", "DenseAdjoint", "Estimator", "Solver"), "no argument, or abstract"),
-    **dict.fromkeys(("ConvergenceError", "EquivarianceError"), "an exception"),
+    **dict.fromkeys(("ConvergenceError", "EquivarianceError", "PrecisionWarning"), "an exception"),
     **dict.fromkeys(("forward_shape", "inverse_shape", "evaluate_output_shape"), _SHAPES),
     **dict.fromkeys(("expand", "sample", "rsample", "rsample_augmented", "log_prob", "train"), _PYRO),
     "load_state_dict": _PYRO,

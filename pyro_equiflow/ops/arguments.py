@@ -6,7 +6,9 @@ Numbers of numpy count as Python's. Tensors of no dimension do not: a number is 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -56,13 +58,13 @@ def check_integer(
     :raises TypeError: not an integer; ``True`` and ``1.0`` are none.
     :raises ValueError: outside the range.
     """
+    error: type[Exception] = TypeError
+    if _is_integer(value):
+        number, error = int(value), ValueError
+        if (least is None or number >= least) and (most is None or number <= most):
+            return number
     expected = _integers(least, most, one=True) + (f" or {also}" if also else "")
-    if not _is_integer(value):
-        raise _refused(TypeError, name, expected, value, remedy)
-    number = int(value)
-    if (least is not None and number < least) or (most is not None and number > most):
-        raise _refused(ValueError, name, expected, value, remedy)
-    return number
+    raise _refused(error, name, expected, value, remedy)
 
 
 def _is_integer(value: object) -> bool:
@@ -87,20 +89,19 @@ def check_integers(
     :raises TypeError: not a sequence, or not of integers.
     :raises ValueError: one that is too small.
     """
-    other = f" or {also}" if also else ""
+    error: type[Exception] = TypeError
+    expected = _integers(least, None, one=False) + (f" or {also}" if also else "")
     is_array = isinstance(value, np.ndarray) and value.ndim == 1
     if isinstance(value, str | bytes) or not (is_array or isinstance(value, Sequence)):
         if _is_integer(value) and not remedy:
             remedy = f"for one write ({value!r},)"
-        expected = f"a sequence of {_integers(least, None, one=False)}{other}"
-        raise _refused(TypeError, name, expected, value, remedy)
+        raise _refused(error, name, f"a sequence of {expected}", value, remedy)
     items: tuple[Any, ...] = tuple(value)
-    expected = _integers(least, None, one=False) + other
-    if not all(map(_is_integer, items)):
-        raise _refused(TypeError, name, expected, items, remedy)
-    if least is not None and any(item < least for item in items):
-        raise _refused(ValueError, name, expected, items, remedy)
-    return tuple(int(item) for item in items)
+    if all(map(_is_integer, items)):
+        error = ValueError
+        if least is None or all(item >= least for item in items):
+            return tuple(int(item) for item in items)
+    raise _refused(error, name, expected, items, remedy)
 
 
 def check_number(name: str, value: Any, interval: str, *, also: str = "", remedy: str = "") -> float:
@@ -110,18 +111,24 @@ def check_number(name: str, value: Any, interval: str, *, also: str = "", remedy
     :raises TypeError: not a real number.
     :raises ValueError: outside the interval, or NaN.
     """
+    error: type[Exception] = TypeError
+    if not isinstance(value, bool) and isinstance(value, Real):
+        try:
+            number, error = float(value), ValueError
+        except OverflowError:  # an integer of more than 308 digits
+            number, error = math.inf, ValueError
+        low, high = _ends(interval)
+        above = number >= low if interval[0] == "[" else number > low
+        if above and (number <= high if interval[-1] == "]" else number < high):
+            return number
+    expected = "a positive finite number" if interval == "(0, inf)" else f"a number inside {interval}"
+    raise _refused(error, name, expected + (f" or {also}" if also else ""), value, remedy)
+
+
+@functools.cache
+def _ends(interval: str) -> tuple[float, float]:
     low, high = map(float, interval[1:-1].split(","))
-    expected = {"(0, inf)": "a positive finite number"}.get(interval, f"a number inside {interval}")
-    if also:
-        expected += f" or {also}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _refused(TypeError, name, expected, value, remedy)
-    number = float(value)
-    above = number >= low if interval[0] == "[" else number > low
-    below = number <= high if interval[-1] == "]" else number < high
-    if not (above and below):
-        raise _refused(ValueError, name, expected, value, remedy)
-    return number
+    return low, high
 
 
 def check_flag(name: str, value: object, *, also: str = "") -> bool:
@@ -140,13 +147,11 @@ def check_choice(name: str, value: object, choices: Iterable[str], *, also: str 
     :raises TypeError: not a string.
     :raises ValueError: another one.
     """
-    choices = list(choices)
+    choices = tuple(choices)
+    if isinstance(value, str) and value in choices:
+        return value
     expected = "one of " + ", ".join(f'"{choice}"' for choice in choices) + (f" or {also}" if also else "")
-    if not isinstance(value, str):
-        raise _refused(TypeError, name, expected, value, remedy)
-    if value not in choices:
-        raise _refused(ValueError, name, expected, value, remedy)
-    return value
+    raise _refused(ValueError if isinstance(value, str) else TypeError, name, expected, value, remedy)
 
 
 def check_instance(name: str, value: _Value, kind: Any, expected: str, *, remedy: str = "") -> _Value:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_equiflow.ops.arguments import check_instance, check_integer
+
 __all__ = ["rounding_error"]
 
 
@@ -42,13 +44,13 @@ def rounding_error(
     :raises TypeError: no function, or another dtype than float32.
     :raises ValueError: more dimensions of an event than ``x`` has.
     """
-    if not callable(function):
-        raise TypeError(f"function: expected a map of events, found {function!r}")
+    check_instance("function", function, Callable, "a map of events")
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a tensor of float32, found {found}; it is float32 that is asked about")
-    if not isinstance(event_dim, int) or not 0 < event_dim <= x.dim():
-        raise ValueError(f"event_dim: expected an integer from 1 to {x.dim()}, found {event_dim!r}")
+    event_dim = check_integer("event_dim", event_dim, 1, x.dim())
+    if image is not None:
+        check_instance("image", image, Tensor, "a torch.Tensor or None")
     x = x.detach().contiguous()
     image = function(x) if image is None else image.detach()
     neighbour = (x.view(torch.int32) ^ 1).view(torch.float32)
