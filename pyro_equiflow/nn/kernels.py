@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from escnn.group import Representation
+from escnn.group import GroupElement, IrreducibleRepresentation, Representation
 from escnn.gspaces import GSpace
 from escnn.kernels import EmptyBasisException
 from escnn.nn import FieldType
@@ -17,6 +18,7 @@ from escnn.nn.modules.conv import r2convolution, r3convolution
 from escnn.nn.modules.conv.rd_convolution import get_grid_coords
 
 from pyro_equiflow.ops.events import grid_elements, signed_permutation
+from pyro_equiflow.ops.representations import irreps_of, is_permutation
 
 __all__ = ["cast_buffers", "kernel_basis"]
 
@@ -25,21 +27,84 @@ __all__ = ["cast_buffers", "kernel_basis"]
 def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_rep: Representation) -> np.ndarray:
     """An orthonormal basis of the steerable kernels between two representations on a grid.
 
-    escnn's band-limited basis is sampled in float64, averaged over the elements that permute the grid (this
-    takes its sampling error, near 5e-7, to rounding) and orthonormalised in a canonical way, so that it does not
-    depend on signs and rotations that a numerical solver happened to choose.
+    Between two irreps escnn's band-limited basis is sampled in float64 and averaged over the elements that permute the
+    grid, which takes its sampling error, near 5e-7, to rounding. Other representations hold irreps, and kernels between
+    them are sums of kernels between those. The basis is orthonormalised in a canonical way, so that it does not depend
+    on signs and rotations that a numerical solver happened to choose.
 
     :return: shape ``(number, out_rep.size, in_rep.size, *kernel)``, float64; ``number`` may be 0.
     """
-    dimensions = gspace.dimensionality
+    images = _images(gspace, out_rep)
+    rows = np.array(sorted(images))
+    if isinstance(in_rep, IrreducibleRepresentation) and isinstance(out_rep, IrreducibleRepresentation):
+        kernels = _irrep_kernels(gspace, kernel_size, in_rep, out_rep)
+        spanning = _orthonormal(kernels)[:, rows]
+    else:
+        spanning = _sums_of_irreps(gspace, kernel_size, in_rep, out_rep, rows)
+    chosen = _canonical_basis(spanning.reshape(len(spanning), math.prod(spanning.shape[1:]))).reshape(spanning.shape)
+    result = np.empty((len(chosen), out_rep.size, *spanning.shape[2:]))
+    field_type = FieldType(gspace, [in_rep])
+    for number, row in enumerate(rows):
+        for image, g in images[row].items():
+            # A steerable kernel is its own image under g.
+            result[:, image] = chosen[:, number] if image == row else _moved(field_type, g, chosen[:, number])
+    result.setflags(write=False)
+    return result
+
+
+def _images(gspace: GSpace, out_rep: Representation) -> dict[int, dict[int, GroupElement]]:
+    """The first of each orbit of output channels, and to each channel of the orbit an element that leads there.
+
+    Where the elements that permute the grid permute output channels as well, a steerable kernel is known from one row
+    of each orbit: its other rows are moved copies.
+    """
+    if not is_permutation(out_rep):
+        return {row: {row: gspace.fibergroup.identity} for row in range(out_rep.size)}
+    elements = [(g, np.argmax(out_rep(g), axis=0)) for g in grid_elements(FieldType(gspace, [out_rep]))]
+    found: dict[int, dict[int, GroupElement]] = {}
+    left = set(range(out_rep.size))
+    while left:
+        row = min(left)
+        found[row] = {int(to[row]): g for g, to in elements}
+        left -= set(found[row])
+    return found
+
+
+def _sums_of_irreps(
+    gspace: GSpace, kernel_size: int, in_rep: Representation, out_rep: Representation, rows: np.ndarray
+) -> np.ndarray:
+    """Some rows of an orthonormal basis made of those between irreps, ``(number, rows, in, *kernel)``."""
+    points = int(gspace.dimensionality) * (kernel_size,)
+    parts = [np.zeros((0, len(rows), in_rep.size, *points))]
+    q_in, q_out = np.asarray(in_rep.change_of_basis), np.asarray(out_rep.change_of_basis)[rows]
+    for out_irrep, o in irreps_of(out_rep):
+        for in_irrep, i in irreps_of(in_rep):
+            kernels = kernel_basis(gspace, kernel_size, in_irrep, out_irrep)
+            left, right = q_out[:, o : o + out_irrep.size], q_in[:, i : i + in_irrep.size]
+            parts.append(np.einsum("ra,nab...,cb->nrc...", left, kernels, right, optimize=True))
+    return np.concatenate(parts)
+
+
+def _orthonormal(kernels: np.ndarray, tolerance: float = 1e-7) -> np.ndarray:
+    """An orthonormal basis of the span of kernels ``(number, ...)``."""
+    if not len(kernels):
+        return kernels
+    _, singular, rows = np.linalg.svd(kernels.reshape(len(kernels), -1), full_matrices=False)
+    found: np.ndarray = rows[singular > tolerance * max(singular[0], 1.0)]
+    return found.reshape(-1, *kernels.shape[1:])
+
+
+def _irrep_kernels(gspace: GSpace, kernel_size: int, in_irrep: Representation, out_irrep: Representation) -> np.ndarray:
+    """escnn's kernels between two irreps, sampled and averaged, ``(number, out, in, *kernel)``."""
+    dimensions = int(gspace.dimensionality)
     parameters = (r2convolution if dimensions == 2 else r3convolution).compute_basis_params
     with _plain_defaults():
         keep, rings, sigma, maximum_frequency = parameters(kernel_size)
-    shape = (out_rep.size, in_rep.size, *dimensions * (kernel_size,))
+    shape = (out_irrep.size, in_irrep.size, *dimensions * (kernel_size,))
     try:
         with _plain_defaults():
             basis = gspace.build_kernel_basis(
-                in_rep, out_rep, rings=rings, sigma=sigma, maximum_frequency=maximum_frequency
+                in_irrep, out_irrep, rings=rings, sigma=sigma, maximum_frequency=maximum_frequency
             )
     except EmptyBasisException:
         return np.zeros((0, *shape))
@@ -47,11 +112,23 @@ def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_r
     points = torch.tensor(get_grid_coords(dimensions, kernel_size), device="cpu")
     with torch.no_grad(), _plain_defaults(), _in_double(basis):
         sampled = basis.sample(points).numpy()  # (points, number, out, in)
-    sampled = np.moveaxis(sampled[:, mask], 0, -1).reshape(-1, *shape)
-    averaged = _average(gspace, in_rep, out_rep, sampled)
-    result = _canonical_basis(averaged.reshape(len(averaged), -1)).reshape(-1, *shape)
-    result.setflags(write=False)
-    return result
+    kernels = np.moveaxis(sampled[:, mask], 0, -1).reshape(-1, *shape)
+    field_type = FieldType(gspace, [in_irrep])
+    elements = grid_elements(field_type)
+    total = np.zeros_like(kernels)
+    for g in elements:
+        total += np.moveaxis(np.tensordot(out_irrep(g), _moved(field_type, g, kernels), (1, 1)), 0, 1)
+    return total / len(elements)
+
+
+def _moved(field_type: FieldType, g: GroupElement, kernels: np.ndarray) -> np.ndarray:
+    """Kernels ``(..., in, *kernel)`` of fields moved by ``g``: read at ``g^-1 p``, input channels turned."""
+    axes, signs = signed_permutation(field_type, g)
+    channel = kernels.ndim - len(axes) - 1
+    moved = np.transpose(kernels, (*range(channel + 1), *(channel + 1 + a for a in axes)))
+    moved = np.flip(moved, tuple(channel + 1 + i for i, sign in enumerate(signs) if sign < 0))
+    (representation,) = field_type.representations
+    return np.moveaxis(np.tensordot(representation(g), moved, (1, channel)), 0, channel)
 
 
 @contextmanager
@@ -102,31 +179,20 @@ def _in_double(basis: torch.nn.Module) -> Iterator[None]:
             buffers[name] = buffer
 
 
-def _average(gspace: GSpace, in_rep: Representation, out_rep: Representation, kernels: np.ndarray) -> np.ndarray:
-    """The mean over grid-permuting ``g`` of ``rho_out(g) k(g^-1 p) rho_in(g)^T``."""
-    field_type = FieldType(gspace, [in_rep])
-    elements = grid_elements(field_type)
-    total = np.zeros_like(kernels)
-    for g in elements:
-        axes, signs = signed_permutation(field_type, g)
-        moved = np.transpose(kernels, (0, 1, 2, *(3 + a for a in axes)))
-        moved = np.flip(moved, tuple(3 + i for i, sign in enumerate(signs) if sign < 0))
-        total += np.einsum("ab,nbc...,dc->nad...", out_rep(g), moved, in_rep(g), optimize=True)
-    return total / len(elements)
+def _canonical_basis(spanning: np.ndarray) -> np.ndarray:
+    """An orthonormal basis that depends on the span alone: pivoted Gram-Schmidt on its projector.
 
-
-def _canonical_basis(vectors: np.ndarray, tolerance: float = 1e-7) -> np.ndarray:
-    """Orthonormal rows that depend on the span of ``vectors`` only: pivoted Gram-Schmidt on its projector."""
-    if not len(vectors):
-        return vectors
-    _, singular, rows = np.linalg.svd(vectors, full_matrices=False)
-    rows = rows[singular > tolerance * max(singular[0], 1.0)]
-    chosen = np.empty_like(rows)
-    remaining = np.einsum("ij,ij->j", rows, rows)  # the diagonal of the projector rows^T rows, deflated as we go
-    for k in range(len(rows)):
+    :param spanning: of an orthonormal basis ``(number, entries)`` the entries from which the others follow by symmetry.
+    :return: the same entries of the canonical one.
+    """
+    coordinates = np.empty((len(spanning), len(spanning)))
+    chosen = np.empty_like(spanning)
+    remaining = np.einsum("ij,ij->j", spanning, spanning)  # the diagonal of the projector, deflated as we go
+    for k in range(len(spanning)):
         # The first of the (nearly) largest: a tie broken by rounding would differ between machines.
         pivot = int(np.argmax(remaining > remaining.max() * (1 - 1e-6)))
-        vector = rows[:, pivot] @ rows - chosen[:k, pivot] @ chosen[:k]
-        chosen[k] = vector / np.linalg.norm(vector)
+        vector = spanning[:, pivot] - coordinates[:k].T @ (coordinates[:k] @ spanning[:, pivot])
+        coordinates[k] = vector / np.linalg.norm(vector)
+        chosen[k] = coordinates[k] @ spanning
         remaining -= chosen[k] ** 2
     return chosen

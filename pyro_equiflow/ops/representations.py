@@ -23,6 +23,7 @@ __all__ = [
     "IrrepDecomposition",
     "intertwiner_basis",
     "invariant_basis",
+    "irreps_of",
     "is_permutation",
     "probe_elements",
     "validate_field_type",
@@ -88,7 +89,7 @@ def validate_over(gspace: GSpace, field_type: FieldType, argument: str) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _irreps(representation: Representation) -> tuple[tuple[IrreducibleRepresentation, int], ...]:
+def irreps_of(representation: Representation) -> tuple[tuple[IrreducibleRepresentation, int], ...]:
     """The irreps of a representation with the first column of each in its change of basis."""
     blocks, start = [], 0
     for irrep_id in representation.irreps:
@@ -114,8 +115,8 @@ def intertwiner_basis(in_rep: Representation, out_rep: Representation) -> np.nda
     else:
         q_in, q_out = np.asarray(in_rep.change_of_basis), np.asarray(out_rep.change_of_basis)
         elements = []
-        for out_irrep, o in _irreps(out_rep):
-            for in_irrep, i in _irreps(in_rep):
+        for out_irrep, o in irreps_of(out_rep):
+            for in_irrep, i in irreps_of(in_rep):
                 if out_irrep.id == in_irrep.id:
                     columns_out = q_out[:, o : o + out_irrep.size]
                     columns_in = q_in[:, i : i + in_irrep.size]
@@ -148,7 +149,7 @@ def _orbit_indicators(in_rep: Representation, out_rep: Representation) -> np.nda
 def invariant_basis(representation: Representation) -> np.ndarray:
     """Orthonormal columns that span the invariant vectors: shape ``(size, number of trivial irreps)``."""
     q = np.asarray(representation.change_of_basis)
-    columns = [q[:, i] for irrep, i in _irreps(representation) if irrep.is_trivial()]
+    columns = [q[:, i] for irrep, i in irreps_of(representation) if irrep.is_trivial()]
     return np.array(columns).reshape(-1, representation.size).T
 
 
@@ -182,7 +183,7 @@ class IrrepDecomposition:
         for index, rep in enumerate(field_type.representations):
             stop = start + rep.size
             self.change_of_basis[start:stop, start:stop] = rep.change_of_basis
-            blocks += [IrrepBlock(irrep, start + offset, index) for irrep, offset in _irreps(rep)]
+            blocks += [IrrepBlock(irrep, start + offset, index) for irrep, offset in irreps_of(rep)]
             start = stop
         self.blocks: Sequence[IrrepBlock] = tuple(blocks)
         self.sizes = np.array([block.size for block in blocks])
