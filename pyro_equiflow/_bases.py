@@ -4,7 +4,7 @@
 escnn finds Clebsch-Gordan coefficients and the irreps inside a representation by random elements
 of the group, a randomised SVD and an optimiser's random start. The bases so found differ from one
 cold cache to the next, and with them the function that given weights stand for. Here each basis is
-a function of its subspace alone (:func:`_embeddings`), hence the same on every machine.
+a function of its subspace alone (:mod:`_intertwiners`), hence the same on every machine.
 
 Imported by ``_escnn`` once escnn is there.
 """
@@ -19,6 +19,7 @@ from escnn.group import _clebsh_gordan, _numerical, directproduct, irrep, repres
 from escnn.group.groups import ico, o3group, octa, so3group
 
 from pyro_equiflow._elements import candidate_irreps, group_key, probe_elements, walk
+from pyro_equiflow._intertwiners import TIE, embeddings, mean_projector, null_projector
 from pyro_equiflow._patching import expected, replace
 
 __all__ = ["install"]
@@ -26,77 +27,14 @@ __all__ = ["install"]
 Irreps = list[tuple[tuple, int]]
 
 
-# ---- the canonical basis --------------------------------------------------------------------
+# ---- embeddings of irreps ---------------------------------------------------------------------
 
-# Singular values of the constraint below this are zero. The smallest of the others is about 2 sin(pi / N) for a cyclic
-# group of order N, 3 over the difference of frequencies for the circle.
-_ZERO = 1e-8
-# Candidates for a pivot whose projections' squared lengths differ by less count as equal, so that
-# rounding never decides between them.
-_TIE = 1e-6
 # The average over a finite group holds all matrices at once; no more than so many numbers.
 _MOST = 50_000_000
 
-
-def _null_projector(rho: Sequence[np.ndarray], psi: Sequence[np.ndarray], size: int) -> np.ndarray:
-    r"""The orthogonal projector onto the intertwiners, the null space of :math:`\rho(g) W - W \psi(g)`.
-
-    One element after the other: each leaves less for the next.
-
-    :param rho: matrices of elements that generate the group, ``(size, size)`` each.
-    :param psi: the irrep's matrices at the same elements, ``(d, d)`` each.
-    """
-    d = psi[0].shape[0]
-    null = np.eye(size * d)
-    for a, b in zip(rho, psi):
-        w = null.reshape(size, d, -1)
-        constraint = np.einsum("rs,sim->rim", a, w) - np.einsum("rjm,ji->rim", w, b)
-        _, singular_values, vh = np.linalg.svd(constraint.reshape(size * d, -1), full_matrices=False)
-        null = null @ vh[singular_values < _ZERO].T
-    return null @ null.T
-
-
-def _mean_projector(group: Any, rho: Sequence[np.ndarray], psi: Sequence[np.ndarray], size: int) -> np.ndarray:
-    r"""The same where the group is finite and ``rho`` orthogonal: the mean of :math:`\rho(g) \otimes \psi(g)`."""
-    reached, d = walk(group, probe_elements(group)), psi[0].shape[0]
-    matrices = reached.matrices(rho).reshape(-1, size * size), reached.matrices(psi).reshape(-1, d * d)
-    mean = (matrices[0].T @ matrices[1]) / len(reached.elements)
-    return mean.reshape(size, size, d, d).transpose(0, 2, 1, 3).reshape(size * d, size * d)
-
-
-def _embeddings(projector: np.ndarray, endomorphisms: np.ndarray) -> np.ndarray:
-    r"""A basis of the intertwiners :math:`W \psi(g) = \rho(g) W` that depends on their space alone.
-
-    The null space of the constraint is known only up to a rotation, which differs from one linear
-    algebra library to another; its orthogonal projector is unique. Of the projections of unit
-    matrices the longest (the first of equals) is taken, with all its images under the irrep's
-    endomorphisms removed, and again, until nothing is left.
-
-    :param projector: onto the intertwiners, ``(size d, size d)``.
-    :param endomorphisms: a basis of what commutes with the irrep, ``(1, 2 or 4, d, d)``.
-    :returns: ``(size, d, m)`` with ``m`` the multiplicity; the ``m`` embeddings are isometries with
-        orthogonal images where ``rho`` is orthogonal.
-    """
-    d = endomorphisms.shape[-1]
-    size = projector.shape[0] // d
-    rank = projector.trace() / endomorphisms.shape[0]
-    copies = round(rank)
-    if abs(rank - copies) > _TIE:
-        raise np.linalg.LinAlgError("the constraint does not determine the intertwiners")
-    chosen = np.zeros((size, d, copies))
-    for copy in range(copies):
-        lengths = projector.diagonal()
-        pivot = np.flatnonzero(lengths > lengths.max() - _TIE)[0]
-        w = (projector[:, pivot] / np.sqrt(lengths[pivot])).reshape(size, d)
-        chosen[:, :, copy] = w * np.sqrt(d)
-        orbit = (w @ endomorphisms).reshape(endomorphisms.shape[0], -1)
-        q, _ = np.linalg.qr(orbit.T)
-        projector = projector - q @ q.T
-    return chosen
-
-
 _products: dict[tuple, list[Any]] = {}
 _matrices: dict[tuple, tuple[list, list]] = {}
+_irreps_everywhere: dict[tuple, np.ndarray] = {}
 
 
 def _at_generators(rho: Callable[[Any], np.ndarray], group: Any) -> tuple[list, list]:
@@ -114,6 +52,14 @@ def _irrep_matrices(psi: Any) -> tuple[list, list]:
     return _matrices[key]
 
 
+def _everywhere(psi: Any) -> np.ndarray:
+    """The irrep's matrices at all elements of a finite group, in the order of the walk."""
+    key = (*group_key(psi.group), psi.id)
+    if key not in _irreps_everywhere:
+        _irreps_everywhere[key] = walk(psi.group, probe_elements(psi.group)).matrices(_irrep_matrices(psi)[0])
+    return _irreps_everywhere[key]
+
+
 def _embeddings_of(psi: Any, rho: tuple[list, list]) -> np.ndarray:
     """The embeddings of an irrep in a representation given by :func:`_at_generators`.
 
@@ -121,12 +67,16 @@ def _embeddings_of(psi: Any, rho: tuple[list, list]) -> np.ndarray:
     """
     group, (generating, products) = psi.group, _irrep_matrices(psi)
     size = rho[0][0].shape[0]
-    orthogonal = all(np.abs(a @ a.T - np.eye(size)).max() < _TIE for a in rho[0])
+    orthogonal = all(np.abs(a @ a.T - np.eye(size)).max() < TIE for a in rho[0])
     if orthogonal and 0 < group.order() * size * size <= _MOST:
-        projector = _mean_projector(group, rho[0], generating, size)
+        everywhere = walk(group, probe_elements(group)).matrices(rho[0]), _everywhere(psi)
+        # Most irreps do not occur, and their characters tell.
+        if abs(np.mean(np.prod([np.trace(m, axis1=1, axis2=2) for m in everywhere], axis=0))) < TIE:
+            return np.zeros((size, psi.size, 0))
+        projector = mean_projector(*everywhere)
     else:
-        projector = _null_projector(rho[0], generating, size)
-    w = _embeddings(projector, psi.endomorphism_basis())
+        projector = null_projector(rho[0], generating, orthogonal)
+    w = embeddings(projector, psi.endomorphism_basis())
     for a, b in zip([*rho[0], *rho[1]], [*generating, *products]):
         if not np.allclose(np.einsum("rs,sim->rim", a, w), np.einsum("rjm,ji->rim", w, b)):
             raise ValueError(
@@ -180,13 +130,12 @@ def compute_irrep_embeddings_general(representation: Callable[[Any], np.ndarray]
 
 def build_regular_representation(group: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
     """As escnn's function of that name, which multiplies and looks up every pair of elements."""
-    generators = probe_elements(group)
-    reached = walk(group, generators)
+    reached = walk(group, probe_elements(group))
     numbers = {element: number for number, element in enumerate(reached.elements)}
     order = [numbers[element] for element in group.elements]
     irreps, columns = [], []
     for psi in group.irreps():
-        matrices = reached.matrices([psi(g) for g in generators])[order]
+        matrices = _everywhere(psi)[order]
         for copy in range(psi.size // psi.sum_of_squares_constituents):
             irreps.append(psi)
             columns.append(matrices[:, :, copy] * np.sqrt(psi.size / group.order()))

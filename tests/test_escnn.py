@@ -233,12 +233,52 @@ def test_probes_tell_all_irreps_apart():
                 assert found == (G.irrep(*one).id == G.irrep(*other).id), (G, one, other)
 
 
+def test_regular_representations_multiply_few_elements(monkeypatch):
+    """One product an element and generator; a table of the group would take 14,400 here, half a minute."""
+    from escnn import group
+
+    from pyro_equiflow import _elements
+    from pyro_equiflow._escnn import _bases
+
+    G = group.full_ico_group()
+    products = []
+    original = group.GroupElement.__matmul__
+    monkeypatch.setattr(_elements, "_walks", {})
+    monkeypatch.setattr(group.GroupElement, "__matmul__", lambda g, h: products.append(1) or original(g, h))
+    _, change_of_basis, _ = _bases.build_regular_representation(G)
+    assert len(products) <= 3 * 120 + 3
+    monkeypatch.undo()
+    np.testing.assert_allclose(change_of_basis @ change_of_basis.T, np.eye(120), atol=1e-12)
+    numbers = {g: i for i, g in enumerate(G.elements)}
+    for g in G.testing_elements():
+        image = [numbers[g @ h] for h in G.elements]
+        # escnn's own elements are right to about 1e-8 (quaternions).
+        np.testing.assert_allclose(G.regular_representation(g)[image], np.eye(120), atol=1e-7)
+        if g != G.identity:
+            break
+
+
+def test_representations_that_are_not_orthogonal_are_decomposed():
+    from escnn import group
+
+    import pyro_equiflow._escnn  # noqa: F401
+
+    D3 = group.dihedral_group(3)
+    skew = np.array([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.2, 0.0, 1.0]])
+    sheared = {g: skew @ (D3.irrep(1, 1) + D3.irrep(1, 0))(g) @ np.linalg.inv(skew) for g in D3.elements}
+    found = group.representation.build_from_discrete_group_representation(sheared, "sheared", D3, [])
+    for g in D3.elements:
+        blocks = np.linalg.inv(found.change_of_basis) @ sheared[g] @ found.change_of_basis
+        expected = sum((D3.irrep(*id) for id in found.irreps[1:]), D3.irrep(*found.irreps[0]))(g)
+        np.testing.assert_allclose(blocks, expected, atol=1e-12)
+
+
 def test_what_is_no_representation_is_refused():
     from escnn import group
 
     O2 = group.o2_group()
     with pytest.raises(ValueError, match="expected the matrices of a representation"):
-        _fit().decompose_representation_general(lambda g: O2.irrep(1, 1)(g) ** 3, O2)
+        _fit().decompose_representation_general(lambda g: O2.irrep(1, 1)(g) @ np.diag([1.0, -1.0]), O2)
     D3 = group.dihedral_group(3)
     wrong = {g: D3.irrep(1, 1)(g) @ np.diag([1.0, -1.0]) for g in D3.elements}
     with pytest.raises(ValueError, match="expected the matrices of a representation"):
@@ -304,17 +344,18 @@ def test_the_pivot_is_not_rounding():
     """The embedding does not hang on the basis of the null space that the SVD happens to return."""
     from escnn import group
 
-    from pyro_equiflow import _bases
+    from pyro_equiflow._intertwiners import embeddings, mean_projector, null_projector
 
     G = group.dihedral_group(6)
     rho, psi = G.regular_representation, G.irrep(1, 1)
     matrices = [rho(g) for g in G.generators], [psi(g) for g in G.generators]
 
-    def embeddings():
-        return _bases._embeddings(_bases._null_projector(*matrices, rho.size), psi.endomorphism_basis())
+    def by_constraint():
+        return embeddings(null_projector(*matrices, True), psi.endomorphism_basis())
 
-    expected = embeddings()
-    mean = _bases._embeddings(_bases._mean_projector(G, *matrices, rho.size), psi.endomorphism_basis())
+    expected = by_constraint()
+    everywhere = [np.stack([matrix(g) for g in G.elements]) for matrix in (rho, psi)]
+    mean = embeddings(mean_projector(*everywhere), psi.endomorphism_basis())
     np.testing.assert_allclose(mean, expected, atol=1e-13)
     rng = np.random.default_rng(0)
     svd = np.linalg.svd
@@ -328,7 +369,7 @@ def test_the_pivot_is_not_rounding():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.linalg, "svd", rotated_svd)
-        found = embeddings()
+        found = by_constraint()
     np.testing.assert_allclose(found, expected, atol=1e-13)
     assert found.shape == (12, 2, 2)
 

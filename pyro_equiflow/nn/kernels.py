@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ from pyro_equiflow.ops.events import grid_elements, signed_permutation
 from pyro_equiflow.ops.representations import irreps_of, is_permutation
 
 __all__ = ["cast_buffers", "kernel_basis"]
+
+_LOG = logging.getLogger("pyro_equiflow")
+
+_LARGE = 50_000
+"""Numbers a kernel from which on building the basis takes some 5 seconds or more, so that it is said."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,32 +46,51 @@ def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_r
         kernels = _irrep_kernels(gspace, kernel_size, in_rep, out_rep)
         spanning = _orthonormal(kernels)[:, rows]
     else:
+        entries = out_rep.size * in_rep.size * kernel_size ** int(gspace.dimensionality)
+        if entries > _LARGE:
+            _LOG.warning(
+                "pyro_equiflow: kernels of %d numbers each, between %s and %s of %s, take a while to build, and "
+                'memory; nonlinearity="gated" takes irreps for hidden fields, whose kernels are small',
+                *(entries, in_rep, out_rep, gspace.fibergroup),
+            )
         spanning = _sums_of_irreps(gspace, kernel_size, in_rep, out_rep, rows)
     chosen = _canonical_basis(spanning.reshape(len(spanning), math.prod(spanning.shape[1:]))).reshape(spanning.shape)
     result = np.empty((len(chosen), out_rep.size, *spanning.shape[2:]))
-    field_type = FieldType(gspace, [in_rep])
     for number, row in enumerate(rows):
         for image, g in images[row].items():
             # A steerable kernel is its own image under g.
-            result[:, image] = chosen[:, number] if image == row else _moved(field_type, g, chosen[:, number])
+            result[:, image] = chosen[:, number] if image == row else _moved(gspace, g, in_rep, chosen[:, number])
     result.setflags(write=False)
     return result
 
 
-def _images(gspace: GSpace, out_rep: Representation) -> dict[int, dict[int, GroupElement]]:
-    """The first of each orbit of output channels, and to each channel of the orbit an element that leads there.
+@functools.lru_cache(maxsize=64)
+def _grid_action(gspace: GSpace) -> list[tuple[GroupElement, tuple[int, ...], tuple[int, ...]]]:
+    """The elements that permute the grid, with the axes and directions in which their images are read."""
+    field_type = FieldType(gspace, [gspace.trivial_repr])
+    return [(g, *signed_permutation(field_type, g)) for g in grid_elements(field_type)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _matrices(gspace: GSpace, representation: Representation) -> list[np.ndarray]:
+    """A representation at those elements."""
+    return [np.asarray(representation(g)) for g, _, _ in _grid_action(gspace)]
+
+
+def _images(gspace: GSpace, out_rep: Representation) -> dict[int, dict[int, int]]:
+    """The first of each orbit of output channels, and to each channel of the orbit the number of an element to it.
 
     Where the elements that permute the grid permute output channels as well, a steerable kernel is known from one row
     of each orbit: its other rows are moved copies.
     """
     if not is_permutation(out_rep):
-        return {row: {row: gspace.fibergroup.identity} for row in range(out_rep.size)}
-    elements = [(g, np.argmax(out_rep(g), axis=0)) for g in grid_elements(FieldType(gspace, [out_rep]))]
-    found: dict[int, dict[int, GroupElement]] = {}
+        return {row: {row: 0} for row in range(out_rep.size)}
+    targets = [np.argmax(matrix, axis=0) for matrix in _matrices(gspace, out_rep)]
+    found: dict[int, dict[int, int]] = {}
     left = set(range(out_rep.size))
     while left:
         row = min(left)
-        found[row] = {int(to[row]): g for g, to in elements}
+        found[row] = {int(to[row]): number for number, to in enumerate(targets)}
         left -= set(found[row])
     return found
 
@@ -113,22 +138,19 @@ def _irrep_kernels(gspace: GSpace, kernel_size: int, in_irrep: Representation, o
     with torch.no_grad(), _plain_defaults(), _in_double(basis):
         sampled = basis.sample(points).numpy()  # (points, number, out, in)
     kernels = np.moveaxis(sampled[:, mask], 0, -1).reshape(-1, *shape)
-    field_type = FieldType(gspace, [in_irrep])
-    elements = grid_elements(field_type)
     total = np.zeros_like(kernels)
-    for g in elements:
-        total += np.moveaxis(np.tensordot(out_irrep(g), _moved(field_type, g, kernels), (1, 1)), 0, 1)
-    return total / len(elements)
+    for g, matrix in enumerate(_matrices(gspace, out_irrep)):
+        total += np.moveaxis(np.tensordot(matrix, _moved(gspace, g, in_irrep, kernels), (1, 1)), 0, 1)
+    return total / len(_grid_action(gspace))
 
 
-def _moved(field_type: FieldType, g: GroupElement, kernels: np.ndarray) -> np.ndarray:
+def _moved(gspace: GSpace, number: int, in_rep: Representation, kernels: np.ndarray) -> np.ndarray:
     """Kernels ``(..., in, *kernel)`` of fields moved by ``g``: read at ``g^-1 p``, input channels turned."""
-    axes, signs = signed_permutation(field_type, g)
+    _, axes, signs = _grid_action(gspace)[number]
     channel = kernels.ndim - len(axes) - 1
     moved = np.transpose(kernels, (*range(channel + 1), *(channel + 1 + a for a in axes)))
     moved = np.flip(moved, tuple(channel + 1 + i for i, sign in enumerate(signs) if sign < 0))
-    (representation,) = field_type.representations
-    return np.moveaxis(np.tensordot(representation(g), moved, (1, channel)), 0, channel)
+    return np.moveaxis(np.tensordot(_matrices(gspace, in_rep)[number], moved, (1, channel)), 0, channel)
 
 
 @contextmanager
