@@ -161,8 +161,6 @@ def _parts(owner: Any) -> Iterator[torch.nn.Module]:
             yield from _parts(part)
 
 
-
-
 def _checked(log_weights: Tensor) -> Tensor:
     check_instance("log_weights", log_weights, Tensor, "a torch.Tensor of shape (n,)")
     if not log_weights.is_floating_point():
