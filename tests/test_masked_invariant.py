@@ -101,7 +101,7 @@ def test_where_nothing_is_masked(name):
     kind = _types()[name]
     count = len(kind.representations)
     plain = randomize(InvariantGateNet(kind, kind, (32, 24), tensor_products=False)).double()
-    plain._gate._shortened = True
+    plain._gate._radius, plain._gate._far_lengths = 1.0, True
     net = make(kind, count * [0], count * [1], (32, 24))
     net.load_state_dict(plain.state_dict())
     x = events(kind, 7)

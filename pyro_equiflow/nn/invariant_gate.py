@@ -21,6 +21,12 @@ from pyro_equiflow.nn.products import IrrepMixture
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
 from pyro_equiflow.ops.representations import validate_field_type
 
+# Far outside of data of order one; in a narrower ball fits were worse where lengths matter.
+_RADIUS = 10.0
+
+# Of squared lengths: what overflows times what vanishes would be no number.
+_LARGEST = 1e30
+
 __all__ = ["InvariantGate", "InvariantGateNet", "hidden_widths"]
 
 
@@ -28,12 +34,18 @@ class InvariantGateNet(SteerableModule):
     r"""An equivariant perceptron on points: irreps are mixed, gated by a network of invariants, and mixed again.
 
     .. math::
-        v = W_1 x \quad\text{or}\quad v = W_1' \bigl(W_1 x,\ C (W_1 x \otimes W_1 x)\bigr), \qquad
+        w = W_1 x \quad\text{or}\quad w = W_1' \bigl(W_1 x,\ C (W_1 x \otimes W_1 x)\bigr), \qquad
+        v_i = \frac{w_i}{\sqrt{1 + |w_i|^2 / R^2}}, \\
         (t, u) = \operatorname{MLP}\bigl(x_0, \sqrt{1 + |v_1|^2}, \dots, \sqrt{1 + |v_m|^2}\bigr), \qquad
         y_0 = t, \quad y = W_2 (u \cdot v),
 
     where :math:`x_0, y_0` are the trivial fields of input and output, :math:`W_1, W_2` intertwiners, and each
-    irrep field :math:`v_i` has its own gate :math:`u_i`. On a point no linear equivariant map joins different irreps
+    irrep field :math:`v_i` has its own gate :math:`u_i`. Mixtures are shortened into a ball of radius :math:`R = 10`,
+    far outside of the data: far away the irreps' part is a constant of each direction, and a transform made of it grows
+    like a linear map. Else gates times irreps would grow with the square of the input, a stack of transforms with
+    powers of it, and one outlier would cost a density more than all other data.
+
+    On a point no linear equivariant map joins different irreps
     (Schur's lemma), so a deep stack of gated layers would mix scalars with scalars and irreps with irreps all the same;
     here all depth goes to the invariants. Lengths of mixtures hold the inner products (polarisation), and for vectors
     under O(n) sums of invariants times vectors are all there is (Villar et al., *Scalars are universal*, arXiv
@@ -93,7 +105,7 @@ class InvariantGateNet(SteerableModule):
         irreps_in, irreps_out = (list(zip(parts.irreps, parts.counts)) for parts in (inputs, outputs))
         mixture = IrrepMixture(irreps_in, irreps_out, max(self.hidden_dims, default=0) // 4, self.tensor_products)
         hidden = hidden_widths(self.hidden_dims, mixture.fields)
-        self._gate = InvariantGate(inputs, outputs, mixture, hidden, self.function)
+        self._gate = InvariantGate(inputs, outputs, mixture, hidden, self.function, radius=_RADIUS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_gate"}
@@ -134,8 +146,9 @@ class InvariantGate:
     :param mixture: the intertwiner that gives the irreps carried along.
     :param hidden: channels of the MLP's hidden layers.
     :param function: the MLP's function.
-    :param shortened: whether gates act on the irreps carried along after these are shortened into the unit ball,
-        :math:`v / \sqrt{1 + |v|^2}`: the map then grows no faster than its input.
+    :param radius: of the ball into which the irreps carried along are shortened, :math:`v / \sqrt{1 + |v|^2 / R^2}`,
+        before gates act on them: the map grows no faster than its input.
+    :param far_lengths: whether the MLP sees lengths from before the irreps are shortened.
     :ivar widths: channels of the MLP's layers, input and output included.
     :ivar sizes: numbers of weights: of the mixture, of the MLP's layers, of the last intertwiner.
     :ivar gather: from the weights to the entries.
@@ -154,11 +167,12 @@ class InvariantGate:
         hidden: Sequence[int],
         function: str,
         *,
-        shortened: bool = False,
+        radius: float,
+        far_lengths: bool = False,
     ) -> None:
         check_choice("function", function, FUNCTIONS)
         self._inputs, self._outputs, self._mixture, self._function = inputs, outputs, mixture, FUNCTIONS[function]
-        self._shortened = shortened
+        self._radius, self._far_lengths = radius, far_lengths
         counts = {irrep.id: count for irrep, count in zip(outputs.irreps, outputs.counts)}
         self.gated = [i for i, (irrep, _) in enumerate(mixture.fields) if irrep.id in counts]
         carried = [mixture.fields[i] for i in self.gated]
@@ -192,14 +206,18 @@ class InvariantGate:
         for constants in (inputs, outputs):
             constants.prepare(entries)
         start, stop = len(mixing), len(mixing) + len(layers)
-        function, gated, shortened = self._function, self.gated, self._shortened
+        function, gated = self._function, self.gated
+        flattening, far_lengths = self._radius**-2, self._far_lengths
         shapes = [(count, irrep.size) for irrep, count in mixture.fields]
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
             parts = inputs.split(x.mT)
             fields = [v.view(*s, -1) for v, s in zip(mixture.apply(parts, tensors[:start]), shapes)]
-            lengths = [(v * v).sum(1).add(1.0).sqrt() for v in fields]
-            scalars = lengths[:]
+            squares = [(v * v).sum(1).clamp(max=_LARGEST) for v in fields]
+            short = [(1 + flattening * square).rsqrt() for square in squares]
+            if not far_lengths:
+                squares = [square * factor * factor for square, factor in zip(squares, short)]
+            scalars = [(1 + square).sqrt() for square in squares]
             if inputs.trivial is not None or not fields:
                 scalars.insert(0, x.mT[:0] if inputs.trivial is None else parts[inputs.trivial])
             h = torch.cat(scalars) if len(scalars) > 1 else scalars[0]
@@ -209,8 +227,7 @@ class InvariantGate:
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
                 found[outputs.ids[outputs.trivial]] = t
-            if shortened:
-                gates = [gate / lengths[i] for i, gate in zip(gated, gates)]
+            gates = [gate * short[i] for i, gate in zip(gated, gates)]
             turned = [(fields[i] * gate.unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
             found |= zip(self._turning, self.out.apply(turned, tensors[stop:]))
             for name, size in zip(outputs.ids, outputs.sizes):

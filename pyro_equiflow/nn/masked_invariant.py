@@ -65,7 +65,7 @@ class MaskedInvariantGate:
         carried = [(moving[name], len(degrees)) for name, degrees in mixed.items()]
         mixture = IrrepMap(list(zip(inputs.irreps, inputs.counts)), carried)
         hidden = hidden_widths(hidden_dims, carried)
-        self._gate = InvariantGate(inputs, outputs, mixture, hidden, function, shortened=True)
+        self._gate = InvariantGate(inputs, outputs, mixture, hidden, function, radius=1.0, far_lengths=True)
         had = list(dict.fromkeys(evenly(useful, min(hidden))))
         self.hidden_degrees = [evenly(had, width) for width in hidden]
 
