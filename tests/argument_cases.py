@@ -113,6 +113,10 @@ _DEGREES = integers(lambda v: len(v) == 4, 1, (1,), (1.0, 2, 3, 4), "abcd", nump
 _SOLVED = {"tolerance": TOLERANCE.or_none()}
 _OF_ANY = {"transform": instance(Transform)}
 _NET_SET = ("hidden_dims", "zero_init")
+_CERTIFIED = {
+    "strict": FLAG.or_none(),
+    "scale": instance(torch.Tensor, 1.0, torch.ones(99), torch.ones(99, 1)).or_none(),
+}
 _CALLED = {"lipschitz": number("[0, 1)", 0.5)}
 _BATCH = instance(torch.Tensor, X.long(), X[0, 0], X.numpy())
 _PHI = {"phi": CALLABLE, "x0": _BATCH, "value": _BATCH}
@@ -333,7 +337,7 @@ LINES: dict[str, Line] = {
         of=lambda: solvers.FixedPoint().default_tolerance, dtype=torch.float32, lipschitz=0.5,
     ),
     "Solver.solve": line(
-        _SOLVED, _CALLED, _PHI, of=lambda: solvers.FixedPoint().solve, phi=_half, x0=X, lipschitz=0.5
+        _SOLVED, _CALLED, _PHI, _CERTIFIED, of=lambda: solvers.FixedPoint().solve, phi=_half, x0=X, lipschitz=0.5
     ),
     "UnrolledAdjoint": line(),
     "_AtTheRoot.attach": line(
@@ -346,7 +350,7 @@ LINES: dict[str, Line] = {
     ),
     "default_estimator": line(event_size=3),
     "fixed_point": line(
-        _SOLVED, _CALLED, _PHI,
+        _SOLVED, _CALLED, _PHI, _CERTIFIED,
         {"tensors": _TENSORS, "batched": _BATCHED, "jacobian": CALLABLE, "refine": FLAG, "wide": CALLABLE.or_none()},
         phi=_half, x0=X, tensors=(), lipschitz=0.5,
     ),
@@ -415,7 +419,7 @@ EXEMPT: dict[str, str] = {
         "an event, whose checks tests/test_errors.py tries for every kind",
     ),
     **dict.fromkeys(("invariants", "with_filter"), "a hook of the package's own layers, given what they made"),
-    "normalized": "as lipschitz_bound, with one argument",
+    **dict.fromkeys(("normalized", "with_offset"), "as lipschitz_bound, with one argument"),
     "lipschitz_bound": "as the function of that name",
 }  # fmt: skip
 

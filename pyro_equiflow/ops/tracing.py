@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "in_torch_func", "is_legacy_batched", "is_traced"]
+__all__ = ["full_precision", "in_torch_func", "is_legacy_batched", "is_traced", "refuse_jit"]
 
 # What of torch has no public name, or is asked too often for the public one, is here, with what serves where a release
 # has it no more: that way of looking is then taken for absent, and torch's own error comes where a value is looked at.
@@ -46,6 +46,19 @@ def is_traced(*tensors: Tensor) -> bool:
         or (_modes() > 0 and any(_mode(key) is not None for key in _RECORDING))
         or any(tensor.is_meta for tensor in tensors)
     )
+
+
+def refuse_jit(owner: str) -> None:
+    """Raises under ``torch.jit.trace``.
+
+    :raises NotImplementedError: naming what was called, and what to take in place of it.
+    """
+    if _is_jit_tracing():
+        raise NotImplementedError(
+            f"{owner}: expected a call outside torch.jit, found one that torch.jit.trace records: it follows the "
+            "values of weights and events, and a trace would keep those of its time; take Trace_ELBO in place of "
+            "JitTrace_ELBO, and so on, or jit_compile=False"
+        )
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -17,6 +17,7 @@ from pyro_equiflow.errors import ConvergenceError
 from pyro_equiflow.ops.arguments import (
     check_choice,
     check_dtype,
+    check_flag,
     check_instance,
     check_integer,
     check_number,
@@ -178,7 +179,7 @@ class Solver(ABC):
 
         References: Banach's fixed-point theorem; Behrmann et al., *Invertible residual networks* (arXiv 1811.00995).
         """
-        strict = tolerance is not None if strict is None else strict
+        strict = check_certificate(strict, scale, x0, tolerance)
         tolerance = self._check(phi, x0, lipschitz, tolerance, max_steps, on_failure)
         slack = self.rounding * torch.finfo(x0.dtype).eps
         x = _flat(x0.detach())
@@ -282,6 +283,23 @@ def check_batch(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name}: expected float32 or float64 of shape (B, *event), found {x.dtype} of {tuple(x.shape)}"
         )
+
+
+def check_certificate(strict: bool | None, scale: Tensor | None, x0: Tensor, tolerance: float | None) -> bool:
+    """Whether the tolerance is strict, see :meth:`Solver.solve`.
+
+    :raises TypeError: ``strict`` is no flag, ``scale`` no tensor.
+    :raises ValueError: ``scale`` without a number for each sample.
+    """
+    check_batch("x0", x0)
+    if scale is not None:
+        check_instance("scale", scale, Tensor, "a torch.Tensor or None")
+        if scale.shape != x0.shape[:1] or not scale.is_floating_point():
+            raise ValueError(
+                f"scale: expected a floating-point number for each of {len(x0)} samples, found {scale.dtype} of "
+                f"{tuple(scale.shape)}"
+            )
+    return tolerance is not None if strict is None else check_flag("strict", strict, also="None")
 
 
 def check_contraction(lipschitz: float) -> float:

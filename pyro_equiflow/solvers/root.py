@@ -18,6 +18,7 @@ from pyro_equiflow.solvers.iteration import (
     Solution,
     Solver,
     check_batch,
+    check_certificate,
     check_contraction,
     check_stopping,
     event_norm,
@@ -109,12 +110,12 @@ def fixed_point(
     if wide is not None:
         check_instance("wide", wide, Callable, "a function without arguments or None")
     check_stopping(tolerance, max_steps, on_failure)
+    strict = check_certificate(strict, scale, x0, tolerance)
     problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz))
     solver = solver or Anderson()
     detached = [t.detach() for t in tensors]
     options: dict[str, Any] = {"lipschitz": lipschitz, "max_steps": max_steps}
     if refine and x0.dtype == torch.float32:
-        strict = tolerance is not None if strict is None else strict
         tolerance = _REFINED if tolerance is None else tolerance
         solution = _refined(problem, solver, x0, detached, wide, tolerance, strict, scale, options)
         report(solution, tolerance, lipschitz, on_failure)
