@@ -339,7 +339,7 @@ def test_not_converged(kind):
     x = events(f"{kind}-O2", (5,), torch.float64)
     message = (
         r"5 of 5 samples \(first: 0\) did not converge in 1 steps: worst residual \d\.\d+e[-+]\d+, "
-        r"certified error .* Raise max_steps or tolerance, use float64, or a smaller Lipschitz coefficient"
+        r"certified error .* Raise max_steps or tolerance, use float64, a smaller Lipschitz coefficient"
     )
     flow = TransformedDistribution(normal(transform.field_type, dtype=torch.float64), [transform])
     asks = [transform.inv, transform.inverse_solution, flow.log_prob]

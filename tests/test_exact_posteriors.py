@@ -88,6 +88,8 @@ def dihedral(order):
 
 
 # Of D_3 the flow learns one branch, bent by 60 degrees with long tails: seen 0.14 to 0.18 nats short of the evidence.
+# The trained flows are steep at a few draws of thousands, where float32 is said to leave 1e-4 of an event's length.
+@pytest.mark.filterwarnings("ignore::pyro_equiflow.errors.PrecisionWarning")
 @pytest.mark.parametrize("case, steps, gap", [("D2", 300, 0.1), ("D3", 500, 0.3)])
 def test_flow_averaged_over_a_dihedral_group(case, steps, gap):
     trivial = gspaces.no_base_space(group.trivial_group())

@@ -255,7 +255,7 @@ def test_volumes():
     ((8, 4), {}, r"expected a grid that .* maps to itself, found \(8, 4\)"),
     ((8,), {}, r"shape: expected 2 side lengths, found \(8,\)"),
     ((1, 8, 8), {}, r"shape: expected 2 side lengths, found \(1, 8, 8\); .* channels are not among them"),
-    ((0, 0), {}, r"shape: expected a grid of at least one point a side, found \(0, 0\)"),
+    ((0, 0), {}, r"shape: expected positive integers, found \(0, 0\)"),
     ((8, 8), {"levels": 0}, "levels: expected a positive integer, found 0"),
     ((8, 8), {"haar": False}, "take haar=True"),
     ((8, 8), {"kind": "spline"}, "kind: expected one of"),

@@ -137,13 +137,13 @@ def test_tolerance_in_nats():
     assert check_model_invariance(model, VECTOR, tolerance=1.01 * report.absolute).invariant
     assert not check_model_invariance(model, VECTOR, tolerance=0.5 * report.absolute).invariant
     for wrong in (-1.0, math.nan, "loose", True):
-        with pytest.raises(ValueError, match="tolerance: expected a number of nats"):
+        with pytest.raises((TypeError, ValueError), match="tolerance: expected a number .*found"):
             check_model_invariance(model, VECTOR, tolerance=wrong)
 
 
 @pytest.mark.parametrize("elements", [[], [0.5], list(FLIP.fibergroup.testing_elements())])
 def test_elements_of_another_group(elements):
-    with pytest.raises(ValueError, match="elements: expected elements of SO.2., one at least, found"):
+    with pytest.raises((TypeError, ValueError), match="elements: expected .*, found"):
         check_model_invariance(many_data(count=2), VECTOR, elements=elements)
 
 
