@@ -243,38 +243,22 @@ def test_sign_says_what_it_is():
         assert "log_abs_det_jacobian" in dir(one)
 
 
-def _steps(kind, elbo, count=4):
-    """The parameters after some steps of inference, from one seed."""
-
+def _step(kind, elbo):
     def model():
         pyro.sample("x", dist.Normal(torch.zeros(6), 0.5).to_event(1))
 
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
     guide = pe.AutoEquivariantFlow(
         model, {"x": VECTORS}, lambda t: pe.equivariant_flow(t, kind=kind, num_transforms=1, hidden_dims=(8,))
     )
-    guide()
-    pyro.set_rng_seed(1)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
-        for _ in range(count):
-            svi.step()
-    return [p.detach().clone() for p in guide.parameters()]
-
-
-@pytest.mark.parametrize("kind", ["coupling", "iaf"])
-@pytest.mark.parametrize("elbo", ["Trace_ELBO", "TraceGraph_ELBO", "TraceMeanField_ELBO"])
-def test_jit_elbos_train_closed_transforms(kind, elbo):
-    """The same parameters after steps of a trace and of the plain ELBO: nothing of the first weights stays in it."""
-    for traced, plain in zip(_steps(kind, getattr(infer, f"Jit{elbo}")()), _steps(kind, getattr(infer, elbo)())):
-        torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
+        SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), elbo).step()
 
 
 @pytest.mark.parametrize("kind", ["residual", "implicit"])
-@pytest.mark.parametrize("elbo", ["JitTrace_ELBO", "JitTraceGraph_ELBO", "JitTraceEnum_ELBO", "JitTraceMeanField_ELBO"])
+@pytest.mark.parametrize("elbo", ["JitTrace_ELBO", "JitTraceGraph_ELBO", "JitTraceMeanField_ELBO"])
 def test_jit_elbos_are_refused_where_bounds_follow_weights(kind, elbo):
     with pytest.raises(NotImplementedError, match=r"expected a call outside torch\.jit, found one .* take Trace_ELBO"):
-        _steps(kind, getattr(infer, elbo)())
+        _step(kind, getattr(infer, elbo)())
