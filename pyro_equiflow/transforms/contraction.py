@@ -130,7 +130,7 @@ class ContractionTransform(Solved, ConditionableTransform):
         where the way back stretches errors, reached by steps in float64 where need be (see
         :func:`~pyro_equiflow.solvers.fixed_point`). Where contexts and biases are so much longer than an event that
         float64 rounds more coarsely than that, the default gives way up to 4e-4, and what was reached is in
-        :meth:`inverse_solution`; a tolerance that was passed does not.
+        ``inverse_solution``; a tolerance that was passed does not.
     :param max_steps: most evaluations a sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: how the group acts on the context.
