@@ -95,6 +95,9 @@ def test_the_estimate_is_that_of_a_condition_number():
         expected = 2 * s**2 * 2.0**-24
         assert expected / 3 < error.quantile(0.5) < 3 * expected
         assert error.max() < 10 * expected
+    # Equal numbers have equal last bits: their common neighbours show nothing of a map that is steep across them.
+    across = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], dtype=torch.float64)
+    assert rounding_error(lambda x: (x.double() @ across).float() + 1, torch.ones(1, 2)) > 1e-4
     assert rounding_error(lambda x: x - x, torch.randn(3, 4)).max() < 1e-4  # an image that vanishes is not lost
     with pytest.raises(TypeError, match="expected a tensor of float32, found torch.float64"):
         rounding_error(lambda x: x, torch.zeros(2, dtype=torch.float64))
@@ -122,7 +125,7 @@ def test_when_inverses_are_looked_at(looks):
             transform.inv(reach * torch.ones(size, 8))
         return len(looks) - before
 
-    assert inverses(1) == 1 and inverses(15) == 0 and inverses(17) == 2  # with gradients
+    assert inverses(1) == 1 and inverses(31) == 0 and inverses(33) == 2  # with gradients
     assert inverses(1, 15) == 0 and inverses(1, 16) == 1 and inverses(1, 16) == 0
     assert inverses(1, reach=1.4) == 0 and inverses(1, reach=1.6) == 1 and inverses(1, reach=1.6) == 0
     with torch.no_grad():

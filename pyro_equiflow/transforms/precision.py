@@ -22,8 +22,8 @@ __all__ = ["TOLERANCE", "PrecisionWatch", "Solved"]
 #: Relative error of an event beyond which closed transforms say so.
 TOLERANCE = 1e-4
 
-# A look costs a pass: one call in so many where nothing else asks for it.
-_EVERY = 16
+# A look costs two passes: one call in so many where nothing else asks for it.
+_EVERY = 32
 
 
 class Solved:
@@ -33,8 +33,8 @@ class Solved:
 class PrecisionWatch:
     """Looks at what a closed transform and its copies give, and warns where float32 does not determine it.
 
-    A look costs a second pass without gradients. Looked at are the first call; a batch at least twice as large as
-    those before, or that reaches half as far again; every sixteenth call; and without gradients the first call after a
+    A look costs two more passes without gradients. Looked at are the first call; a batch at least twice as large as
+    those before, or that reaches half as far again; every thirty-second call; and without gradients the first call after a
     change of the parameters, and all calls while results are found wanting. With Pyro's validation off nothing is.
 
     :param name: what is looked at.
