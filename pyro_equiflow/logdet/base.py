@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance, check_number
+from pyro_equiflow.ops.dense import dense_jacobian, pulled_jacobian
+from pyro_equiflow.ops.tracing import in_torch_func
 
 __all__ = [
     "Estimator",
@@ -104,6 +106,8 @@ class Pass(NamedTuple):
     :ivar keep: whether the caller's graph goes on through the result.
     :ivar pull: takes :math:`p` to :math:`p^\top J_f(x)`, without a graph.
     :ivar narrowed: gives ``pull`` for some samples, by their indices; ``None`` where that cannot be had.
+    :ivar functional: whether ``y`` and ``pull`` are those of :func:`torch.func.vjp`, which torch differentiates by
+        itself.
     """
 
     x: Tensor
@@ -112,6 +116,13 @@ class Pass(NamedTuple):
     keep: bool
     pull: Callable[[Tensor], Tensor]
     narrowed: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+    functional: bool = False
+
+    def jacobian(self, rows: int) -> Tensor:
+        """The dense Jacobians ``(B, D, D)``, ``rows`` rows at a time, with a graph where the caller's goes on."""
+        if self.functional:
+            return pulled_jacobian(self.pull, self.x, rows)
+        return dense_jacobian(self.y, self.x, rows, create_graph=self.keep)
 
 
 @contextmanager
@@ -126,6 +137,11 @@ def forward_pass(
 
     Jacobians are needed under ``torch.no_grad()`` and ``torch.inference_mode()`` as well.
     """
+    if in_torch_func():
+        y, pull_back = torch.func.vjp(lambda x: fn(x, *tensors), x)
+        _check_output(x, y)
+        yield Pass(x, y, (), True, lambda p: pull_back(p)[0], functional=True)
+        return
     enabled, given = torch.is_grad_enabled(), x
     with torch.inference_mode(False), torch.enable_grad():
         # Autograd saves no inference tensor; a clone made here is an ordinary one.
@@ -136,8 +152,7 @@ def forward_pass(
         if not (enabled and x.requires_grad):
             x = x.detach().requires_grad_()
         y, pull = _linearized(fn, x, tensors) if pulled else (fn(x, *tensors), None)
-        if y.shape != x.shape:
-            raise ValueError(f"fn: expected an output of shape {tuple(x.shape)} as its input, found {tuple(y.shape)}")
+        _check_output(x, y)
         leaves = _closed_over(y, (x, *tensors)) if enabled else ()
         keep = enabled and (given.requires_grad or bool(leaves) or any(t.requires_grad for t in tensors))
 
@@ -153,6 +168,11 @@ def forward_pass(
         known = pulled and hasattr(fn, "per_sample")
         run = Pass(x, y, sources, keep, pull or _by_autograd(y, x), narrowed if known else None)
         yield run
+
+
+def _check_output(x: Tensor, y: Tensor) -> None:
+    if y.shape != x.shape:
+        raise ValueError(f"fn: expected an output of shape {tuple(x.shape)} as its input, found {tuple(y.shape)}")
 
 
 def _linearized(

@@ -16,7 +16,7 @@ from pyro_equiflow.logdet.base import (
     rounding_allowance,
 )
 from pyro_equiflow.ops.arguments import check_integer, set_fields
-from pyro_equiflow.ops.dense import dense_jacobian, log_det_definite
+from pyro_equiflow.ops.dense import log_det_definite
 from pyro_equiflow.ops.tracing import full_precision
 
 __all__ = ["Exact"]
@@ -62,7 +62,7 @@ class Exact:
         size = x.shape[1:].numel()
         with forward_pass(fn, x, tensors) as run:
             x, y, keep = run.x, run.y, run.keep
-            jacobian = dense_jacobian(y, x, self.rows, create_graph=keep)
+            jacobian = run.jacobian(self.rows)
             value = log_det_definite(jacobian + torch.eye(size, dtype=x.dtype, device=x.device))
             if not keep:
                 value, y = value.detach(), y.detach()

@@ -23,7 +23,6 @@ from pyro_equiflow.logdet.base import (
 )
 from pyro_equiflow.logdet.probes import DISTRIBUTIONS, geometric, probe_vectors
 from pyro_equiflow.ops.arguments import check_choice, check_integer, check_number, set_fields
-from pyro_equiflow.ops.dense import dense_jacobian
 from pyro_equiflow.ops.tracing import full_precision
 
 __all__ = ["PowerSeries", "RussianRoulette"]
@@ -82,7 +81,9 @@ def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
     vector-Jacobian product however many terms there are. The graph stays one of samples, so each sample's
     upstream gradient meets its own term.
     """
-    x, y, sources, keep, pull, narrowed = run
+    x, y, sources, keep, pull, narrowed, functional = run
+    if functional:
+        return _differentiable_series(run, probe, weights)
     if not y.requires_grad:
         return x.new_zeros(x.shape[0])
     signed = weights.clone()
@@ -118,6 +119,16 @@ def _probed_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
         # What the surrogate holds beyond the known traces is the last one.
         found = (found - terms.sum(0)) / len(signed) + (terms / orders[:-1]).sum(0)
     return found + (surrogate - surrogate.detach())
+
+
+def _differentiable_series(run: Pass, probe: Tensor, weights: Tensor) -> Tensor:
+    """The same sum with a graph through every term: its gradient, to any order, is that of the sum that was drawn, and
+    has the mean of :func:`_probed_series`'s."""
+    total, power = run.x.new_zeros(len(run.x)), probe
+    for k, weight in enumerate(weights, 1):
+        power = run.pull(power)
+        total = total + weight * (-1) ** (k + 1) / k * _dot(power, probe)
+    return total
 
 
 def _by_matrices(
@@ -227,7 +238,7 @@ class PowerSeries:
                 weights = x.new_ones(terms, x.shape[0])
                 probes = probe_vectors(self.probes, x, self.distribution, training)
                 return _summary([_probed_series(run, probe, weights) for probe in probes], run, size, lipschitz)
-            value = _trace_series(dense_jacobian(y, x, self.rows, create_graph=keep), terms)
+            value = _trace_series(run.jacobian(self.rows), terms)
             if not keep:
                 value, y = value.detach(), y.detach()
         error = remainder + rounding_allowance(x, lipschitz)

@@ -17,6 +17,7 @@ from pyro_equiflow.nn.lipschitz import LINEAR, expanded_linear, is_linear, lipsc
 from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
 from pyro_equiflow.ops.arguments import check_number
+from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["LipschitzConditioner", "Normalized"]
 
@@ -38,7 +39,7 @@ _FIXING_ZERO = (PointwiseNonLinearity, LipschitzGate, enn.IdentityModule, enn.Re
 class _Part(NamedTuple):
     """What one of a network's modules adds: its biases, its columns for the context, or its output at zero."""
 
-    constant: float
+    constant: float | Tensor
     biases: Sequence[Tensor] = ()
     columns: Tensor | None = None
     at_zero: Callable[[], Tensor] | None = None
@@ -156,7 +157,11 @@ class LipschitzConditioner(Conditioner):
         """
         leaves = _leaves(self.network)
         linear = [is_linear(leaf) for leaf in leaves]
-        constants = [1.0 if k else _number(lipschitz_bound(leaf, spatial_shape)) for leaf, k in zip(leaves, linear)]
+        # Where values are not to be seen the bound is the constant itself.
+        seen = not is_traced()
+        constants = [1.0 if k else lipschitz_bound(leaf, spatial_shape) for leaf, k in zip(leaves, linear)]
+        if seen:
+            constants = [constant.item() if isinstance(constant, Tensor) else constant for constant in constants]
         bound = math.prod(constants)
         cap = (self.lipschitz / (bound * (1 + _ROUNDING) ** len(leaves))) ** (1 / sum(linear))
         between = _functions_between(leaves, linear)
@@ -173,19 +178,22 @@ class LipschitzConditioner(Conditioner):
                 free = self._context if i == 0 else 0
                 limited = weight.narrow(1, 0, weight.shape[1] - free) if free else weight
                 norm = weight_norm(leaf, limited, spatial_shape)
-                found = norm.item()
-                bound *= min(found, cap)
+                within = min(norm.item(), cap) if seen else norm.detach().clamp(max=cap)
+                bound = bound * within
                 # The scales of the functions before and after.
                 before = between[i - 1].outer if i - 1 in between else 1.0
                 after = between[i + 1].inner if i + 1 in between else 1.0
-                limited = limited * ((before * after) if found <= cap else (before * after * cap) / norm)
+                limited = limited * (
+                    (before * after) if seen and within < cap else before * after * cap / norm.clamp(min=cap)
+                )
                 columns = weight.narrow(1, weight.shape[1] - free, free) if free else None
-                added.append(_Part(min(found, cap), bias, columns))
+                added.append(_Part(within, bias, columns))
                 if columns is not None:
                     limited = torch.cat([limited, columns * after], 1)
                 part = part._replace(tensors=(limited, *(b if after == 1 else b * after for b in bias)))
             parts.append(part)
-        normalized = Normalized(chained(parts), min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz))
+        bound = min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz) if seen else self.lipschitz
+        normalized = Normalized(chained(parts), bound)
         return normalized, Offset(tuple(added), tuple(spatial_shape or ()))
 
     def expanded(self) -> Expanded:
@@ -259,10 +267,6 @@ def _check_linear(layer: enn.EquivariantModule, context: int) -> None:
                 f"weight, one a channel, found that the last {context}, the context's, act on it as well; put a "
                 "SteerableLinear in front"
             )
-
-
-def _number(bound: Tensor | float) -> float:
-    return bound.item() if isinstance(bound, Tensor) else bound
 
 
 def _functions_between(leaves: Sequence[enn.EquivariantModule], linear: Sequence[bool]) -> dict[int, PointwiseFunction]:

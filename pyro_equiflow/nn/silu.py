@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_equiflow.ops.tracing import is_legacy_batched, is_traced
+from pyro_equiflow.ops.tracing import in_torch_func, is_legacy_batched, is_traced
 
 __all__ = ["silu", "silu_slope"]
 
@@ -22,7 +22,8 @@ def silu(x: Tensor) -> Tensor:
     """
     if x.requires_grad and torch.is_grad_enabled() and not is_traced():
         return _Silu.apply(x)
-    return F.silu(x)
+    # torch has no tangent of the backward pass of its own function.
+    return x * torch.sigmoid(x) if in_torch_func() else F.silu(x)
 
 
 def silu_slope(x: Tensor) -> Tensor:

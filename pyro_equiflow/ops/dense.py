@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["dense_jacobian", "log_det_definite", "solve_definite"]
+from pyro_equiflow.ops.tracing import in_torch_func
+
+__all__ = ["dense_jacobian", "log_det_definite", "pulled_jacobian", "solve_definite"]
 
 # Elimination written out on columns beat batched LU up to here (1000 matrices, one thread).
 _CLOSED_FORM = 3
@@ -54,6 +56,17 @@ def dense_jacobian(y: Tensor, x: Tensor, rows: int, create_graph: bool) -> Tenso
     return jacobian.reshape(size, batch, size).transpose(0, 1)
 
 
+def pulled_jacobian(pull: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """Jacobians ``(B, D, D)`` from ``p -> p^T J``, ``rows`` rows at a time; as differentiable as ``pull``.
+
+    :param pull: takes and gives the shape of ``x``, under :func:`torch.vmap` too.
+    :param x: shape ``(B, *event)``.
+    """
+    batch, size = x.shape[0], x.shape[1:].numel()
+    identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, 1, *x.shape[1:]).expand(-1, *x.shape)
+    return torch.vmap(pull, chunk_size=rows)(identity).reshape(size, batch, size).transpose(0, 1)
+
+
 def log_det_definite(matrix: Tensor) -> Tensor:
     r"""Log-determinant where :math:`A + A^\top` is positive definite, as of :math:`A = 1 + J` with :math:`|J| < 1`.
 
@@ -64,6 +77,9 @@ def log_det_definite(matrix: Tensor) -> Tensor:
     :return: shape ``(*batch,)``, differentiable.
     """
     if matrix.shape[-1] > _CLOSED_FORM:
+        if in_torch_func():
+            # torch 2.13: second derivatives of slogdet, forward mode in a batch, are wrong; those of LU are right.
+            return torch.linalg.lu_factor(matrix).LU.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
         return torch.linalg.slogdet(matrix).logabsdet
     a, _ = _eliminated([list(row.unbind(-1)) for row in matrix.unbind(-2)])
     # One logarithm each: the product of small pivots may vanish.

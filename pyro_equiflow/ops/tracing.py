@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["full_precision", "in_torch_func", "is_legacy_batched", "is_traced", "refuse_jit"]
+__all__ = [
+    "forward_mode",
+    "full_precision",
+    "in_torch_func",
+    "is_legacy_batched",
+    "is_of_torch_func",
+    "is_traced",
+    "outside_torch_func",
+    "refuse_jit",
+]
 
 # What of torch has no public name, or is asked too often for the public one, is here, with what serves where a release
 # has it no more: that way of looking is then taken for absent, and torch's own error comes where a value is looked at.
@@ -19,12 +29,18 @@ _functorch = getattr(torch._C, "_functorch", None)
 _interpreter: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
 #: Whether a tensor is a batch of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``.
 is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda tensor: False)
+#: Whether a tensor is one of a transformation of ``torch.func``.
+is_of_torch_func: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
 _is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 _keys = getattr(torch._C, "_TorchDispatchModeKey", None)
 # Those of make_fx and torch.export, and of tensors that are shapes only.
 _RECORDING = [getattr(_keys, name) for name in ("PROXY", "FAKE") if hasattr(_keys, name)]
+#: Within it torch sees no transformation of ``torch.func``: for numbers that are the same for all of a batch.
+outside_torch_func: Callable[[], AbstractContextManager[Any]] = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+#: Turns forward mode on: what torch's own functions do for themselves in nested transformations.
+forward_mode: Callable[[], AbstractContextManager[Any]] = functools.partial(forward_ad._set_fwd_grad_enabled, True)
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_equiflow.ops.arguments import check_instance, check_integer, check_items, set_fields
+from pyro_equiflow.ops.arguments import check_instance, check_integer, set_fields
 from pyro_equiflow.ops.dense import dense_jacobian, solve_definite
 from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.solvers.iteration import (
@@ -22,29 +22,13 @@ from pyro_equiflow.solvers.iteration import (
     check_batch,
     check_contraction,
     check_stopping,
-    event_norm,
+    power_of_two,
     take,
 )
 from pyro_equiflow.solvers.methods import Anderson
+from pyro_equiflow.solvers.problem import Problem, per_sample
 
-__all__ = ["Adjoint", "DenseAdjoint", "ImplicitAdjoint", "Problem", "UnrolledAdjoint", "per_sample"]
-
-
-class Problem(NamedTuple):
-    """The map ``phi(x, *tensors)``, which tensors hold a row for each sample, and its Lipschitz bound.
-
-    :ivar jacobian: gives the Jacobian at the fixed point, or ``None``, see :meth:`Adjoint.attach`.
-    """
-
-    phi: Callable[..., Tensor]
-    batched: tuple[bool, ...]
-    lipschitz: float
-    jacobian: Callable[[], Tensor | None] = lambda: None
-
-    def rows(self, tensors: Sequence[Tensor], index: Tensor | None) -> list[Tensor]:
-        if index is None:
-            return list(tensors)
-        return [take(t, index) if per_sample else t for t, per_sample in zip(tensors, self.batched)]
+__all__ = ["Adjoint", "DenseAdjoint", "ImplicitAdjoint", "UnrolledAdjoint"]
 
 
 class Adjoint(ABC):
@@ -131,7 +115,7 @@ class ImplicitAdjoint(_AtTheRoot):
     .. math:: (1 - J^\top)\, g = u, \qquad \bar\theta = \Bigl(\frac{\partial\phi}{\partial\theta}\Bigr)^{\!\top} g.
 
     :math:`g` is itself the fixed point of :math:`g \mapsto J^\top g + u`, a contraction with the same constant, solved
-    by vector-Jacobian products after each sample's :math:`u` is scaled by a power of two to a length of about 1: a
+    by vector-Jacobian products after each sample's :math:`u` is scaled by a power of two to entries of about 1: a
     loss scaled up or down gives the gradient scaled alike, and the certified error of :class:`Solver` holds relative
     to :math:`u`.
     The graph holds the value and ``tensors`` only, however many steps were taken. Derivatives of any order are right:
@@ -166,9 +150,8 @@ class ImplicitAdjoint(_AtTheRoot):
 
     def _solve(self, linear: _Linear) -> Tensor:
         upstream = linear.upstream
-        exponent = torch.frexp(event_norm(upstream)).exponent.clamp(-120, 120)
-        exponent = exponent.reshape(-1, *(1 for _ in upstream.shape[1:]))
-        scaled = torch.ldexp(upstream, -exponent)
+        length = power_of_two(upstream)
+        scaled = upstream / length
         solution = self.solver.solve(
             _transposed(linear._replace(upstream=scaled)),
             scaled,
@@ -177,7 +160,7 @@ class ImplicitAdjoint(_AtTheRoot):
             max_steps=self.max_steps,
             on_failure=self.on_failure,
         )
-        return torch.ldexp(solution.value, exponent)
+        return length * solution.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,23 +249,6 @@ def _check_attached(phi: object, value: Tensor, lipschitz: float, jacobian: obje
     check_batch("value", value)
     check_contraction(lipschitz)
     check_instance("jacobian", jacobian, Callable, "a function without arguments")
-
-
-def per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Tensor) -> tuple[bool, ...]:
-    """The flags ``batched``, one for each tensor; raises ``ValueError`` where they do not fit."""
-    check_items("tensors", tensors, Tensor, "a sequence of tensors")
-    if batched is not None:
-        check_items("batched", batched, bool, "a sequence of flags or None")
-    flags = tuple(batched) if batched is not None else len(tensors) * (False,)
-    if len(flags) != len(tensors):
-        raise ValueError(f"batched: expected one flag for each of {len(tensors)} tensors, found {len(flags)}")
-    for i, (tensor, per_sample) in enumerate(zip(tensors, flags)):
-        if per_sample and (tensor.dim() < 1 or len(tensor) != len(x)):
-            raise ValueError(
-                f"tensors[{i}]: expected {len(x)} rows, one for each sample, found shape {tuple(tensor.shape)}: "
-                "change it or its flag in batched"
-            )
-    return flags
 
 
 def _transposed(linear: _Linear) -> Map:

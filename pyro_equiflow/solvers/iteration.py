@@ -34,6 +34,7 @@ __all__ = [
     "check_contraction",
     "check_stopping",
     "event_norm",
+    "power_of_two",
     "report",
     "take",
 ]
@@ -74,6 +75,18 @@ class Solution(NamedTuple):
 def event_norm(x: Tensor) -> Tensor:
     """2-norm over all but the first dimension, in float64: squares of small float32 numbers would vanish."""
     return torch.linalg.vector_norm(_flat(x), dim=1, dtype=torch.float64)
+
+
+def power_of_two(u: Tensor) -> Tensor:
+    """About the largest entry of each event, 1 where that is 0, without a graph; shape ``(B, *(1, ...))``.
+
+    The right-hand sides of linear systems are divided by it, which is exact: so that systems are solved relative to
+    them.
+    """
+    largest = u.detach().flatten(1).abs().amax(1).double()
+    exponent = torch.where(largest > 0, largest, 1.0).log2().floor()
+    limit = 120 if u.dtype == torch.float32 else 1000
+    return torch.exp2(exponent.clamp(-limit, limit)).to(u.dtype).reshape(-1, *(1 for _ in u.shape[1:]))
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

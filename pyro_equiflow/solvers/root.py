@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_flag, check_instance
-from pyro_equiflow.ops.tracing import full_precision, is_traced
-from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, Problem, per_sample
+from pyro_equiflow.ops.tracing import full_precision, in_torch_func, is_traced
+from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, UnrolledAdjoint
+from pyro_equiflow.solvers.functional import Solve, Task, solve
 from pyro_equiflow.solvers.iteration import (
-    Map,
     OnFailure,
     Solution,
     Solver,
@@ -26,6 +26,7 @@ from pyro_equiflow.solvers.iteration import (
     take,
 )
 from pyro_equiflow.solvers.methods import Anderson
+from pyro_equiflow.solvers.problem import Problem, on_rows, per_sample
 
 __all__ = ["fixed_point"]
 
@@ -91,14 +92,18 @@ def fixed_point(
     :return: the value with its graph, and the :class:`Solution`.
     :raises ValueError: as :meth:`Solver.solve`, or ``batched`` that does not fit.
     :raises ConvergenceError: as :meth:`Solver.solve`.
-    :raises RuntimeError: under ``torch.func`` or ``torch.compile``.
+    :raises RuntimeError: under ``torch.compile``, ``torch.export`` and the like.
+
+    Under ``torch.func`` derivatives of any order, in reverse and forward mode, and batches over samples and over
+    weights are solved for as well, by the ``adjoint``'s solver; there ``tensors`` have to be all that :math:`\phi`
+    depends on, and ``wide`` and ``jacobian`` are not asked.
 
     Reference for ``refine``: Higham, *Accuracy and stability of numerical algorithms*, chapter 12.
     """
-    if is_traced():
+    if is_traced() and not in_torch_func():
         raise RuntimeError(
-            "expected plain tensors, found those of torch.func or torch.compile: a solver decides by values, which "
-            "these do not show; call it on a batch, and differentiate by torch.autograd"
+            "expected plain tensors, found those of torch.compile, torch.export or the like: a solver decides by "
+            "values, which these do not show; leave it out of the graph"
         )
     check_instance("phi", phi, Callable, "a map (x, *tensors) to x")
     check_batch("x0", x0)
@@ -113,27 +118,59 @@ def fixed_point(
     strict = check_certificate(strict, scale, x0, tolerance)
     problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz))
     solver = solver or Anderson()
-    detached = [t.detach() for t in tensors]
     options: dict[str, Any] = {"lipschitz": lipschitz, "max_steps": max_steps}
-    if refine and x0.dtype == torch.float32:
-        tolerance = _REFINED if tolerance is None else tolerance
-        solution = _refined(problem, solver, x0, detached, wide, tolerance, strict, scale, options)
-        report(solution, tolerance, lipschitz, on_failure)
-    else:
-        phi_on_rows = _on_rows(problem, detached)
-        solution = solver.solve(
-            phi_on_rows, x0, tolerance=tolerance, strict=strict, scale=scale, on_failure=on_failure, **options
-        )
+
+    def solved(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
+        if refine and x0.dtype == torch.float32:
+            asked = _REFINED if tolerance is None else tolerance
+            solution = _refined(problem, solver, x0, tensors, wide, asked, strict, scale, options)
+            report(solution, asked, lipschitz, on_failure)
+            return solution
+        stopping: dict[str, Any] = {"tolerance": tolerance, "strict": strict, "on_failure": on_failure}
+        return solver.solve(on_rows(problem, tensors), x0, scale=scale, **stopping, **options)
+
+    if in_torch_func():
+        wide = None
+        return _functional(problem, x0, scale, tensors, solved, adjoint)
+    solution = solved(problem, x0, scale, [t.detach() for t in tensors])
     adjoint = adjoint or (DenseAdjoint() if x0.shape[1:].numel() <= _DENSE else ImplicitAdjoint())
     value = adjoint.attach(phi, solution.value, tensors, lipschitz=lipschitz, batched=batched, jacobian=jacobian)
     return value, solution
+
+
+def _functional(
+    problem: Problem,
+    x0: Tensor,
+    scale: Tensor | None,
+    tensors: Sequence[Tensor],
+    solved: Solve,
+    adjoint: Adjoint | None,
+) -> tuple[Tensor, Solution]:
+    """As :func:`fixed_point`, on tensors of ``torch.func``."""
+    by = adjoint if isinstance(adjoint, ImplicitAdjoint) else ImplicitAdjoint()
+
+    def solve_linear(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
+        return by.solver.solve(
+            on_rows(problem, tensors),
+            x0,
+            lipschitz=problem.lipschitz,
+            tolerance=by.tolerance,
+            max_steps=by.max_steps,
+            on_failure=by.on_failure,
+        )
+
+    solution = solve(Task(problem, solved, solve_linear), x0, scale, tensors)
+    value, known = solution.value, solution._replace(value=solution.value.detach())
+    if isinstance(adjoint, UnrolledAdjoint):
+        value = adjoint.attach(problem.phi, known.value, tensors, lipschitz=problem.lipschitz, batched=problem.batched)
+    return value, known
 
 
 def _refined(
     problem: Problem,
     solver: Solver,
     x0: Tensor,
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
     wide: Callable[[], Sequence[Tensor]] | None,
     tolerance: float,
     strict: bool,
@@ -147,7 +184,7 @@ def _refined(
             f"{tolerance!r}: raise it or use float64"
         )
     first = solver.solve(
-        _on_rows(problem, tensors),
+        on_rows(problem, tensors),
         x0,
         tolerance=max(tolerance, solver.default_tolerance(x0.dtype, problem.lipschitz)),
         strict=False,
@@ -158,11 +195,11 @@ def _refined(
     converged = first.error <= tolerance * event_norm(first.value).clamp(min=1)
     if converged.all():
         return first._replace(converged=converged)
-    rows = (~converged).nonzero()[:, 0]
+    rows = (torch.ones_like(converged) if problem.whole else ~converged).nonzero()[:, 0]
     known = tensors if wide is None else wide()
     cast = [t.double() if t.is_floating_point() else t for t in problem.rows(known, rows)]
     further = solver.solve(
-        _on_rows(problem, cast),
+        on_rows(problem, cast),
         take(first.value, rows).double(),
         tolerance=tolerance - rounding,
         strict=strict,
@@ -177,16 +214,3 @@ def _refined(
         converged.index_copy(0, rows, further.converged),
         first.steps.index_add(0, rows, further.steps),
     )
-
-
-def _on_rows(problem: Problem, tensors: Sequence[Tensor]) -> Map:
-    """The map in the form solvers take; rows are taken once for each set of active samples."""
-    last: tuple[Tensor | None, list[Tensor]] = (None, list(tensors))
-
-    def phi(x: Tensor, index: Tensor | None) -> Tensor:
-        nonlocal last
-        if index is not last[0]:
-            last = (index, problem.rows(tensors, index))
-        return problem.phi(x, *last[1])
-
-    return phi
