@@ -8,7 +8,7 @@ element where it is largest. Tolerances by default are those the package holds i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from escnn.nn import FieldType
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_equiflow._elements import probe_elements
 from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.events import act, check_elements, check_event, event_dim, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
@@ -61,7 +62,27 @@ def _field_type(thing: Any, field_type: FieldType | None) -> FieldType:
 
 
 def _elements(field_type: FieldType, elements: Iterable[GroupElement] | None) -> list[GroupElement]:
-    return grid_elements(field_type) if elements is None else check_elements(field_type, elements)
+    if elements is not None:
+        return check_elements(field_type, elements)
+    found, group = grid_elements(field_type), field_type.fibergroup
+    if field_type.gspace.dimensionality == 0 and group.order() < 0:
+        # Those of escnn are fractions of a whole turn: of a finite subgroup.
+        found.extend(probe_elements(group))
+    return found
+
+
+# Numbers that a transform is given at once.
+_AT_ONCE = 2**18
+
+
+def _on_each(function: Callable[[Tensor], Tensor], batched: bool, events: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The function of one batch after another; of several at once where it takes any batch shape."""
+    if not batched or any(x.shape != events[0].shape for x in events):
+        yield from map(function, events)
+        return
+    count = max(1, _AT_ONCE // max(1, events[0].numel()))
+    for start in range(0, len(events), count):
+        yield from function(torch.stack(list(events[start : start + count])))
 
 
 def _check_tolerance(tolerance: float | None) -> None:
@@ -106,17 +127,18 @@ def equivariance_errors(
     :param x: events ``(*batch, C, *spatial)``.
     :param field_type: how the group acts on ``x``; default the function's own.
     :param out_type: how it acts on the image; default the function's own, else as on ``x``.
-    :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
+    :param elements: group elements; default all that permute the grid; on a point escnn's testing elements, and
+        of a continuous group some that generate a dense part of it.
     """
     check_instance("function", function, Callable, "a transform or a function of events")
     in_type = _field_type(function, field_type)
     check_event(x, in_type, "x")
     image_type = out_type if out_type is not None else getattr(function, "out_type", in_type)
     validate_field_type(image_type, "out_type")
-    image, errors = function(x), []
-    for g in _elements(in_type, elements):
+    image, errors, elements = function(x), [], _elements(in_type, elements)
+    moved = [act(in_type, g, x) for g in elements]
+    for g, found in zip(elements, _on_each(function, isinstance(function, Transform), moved)):
         expected = act(image_type, g, image)
-        found = function(act(in_type, g, x))
         errors.append((g, _relative(found - expected, expected, event_dim(image_type))))
     return errors
 
@@ -146,26 +168,27 @@ def equivariance_error(
     :param x: events ``(*batch, C, *spatial)``.
     :param field_type: how the group acts on ``x``; default the function's own.
     :param out_type: how it acts on the image; default the function's own, else as on ``x``.
-    :param elements: group elements; default all that permute the grid, or escnn's testing elements on a point.
+    :param elements: group elements; default all that permute the grid; on a point escnn's testing elements, and
+        of a continuous group some that generate a dense part of it.
     """
     return _worst(equivariance_errors(function, x, field_type, out_type=out_type, elements=elements))[0]
-
-
-@torch.no_grad()
-def _worst_invariance(
-    log_prob: Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
-) -> tuple[float, GroupElement | None]:
-    check_event(x, field_type, "x")
-    reference = log_prob(x)
-    return _worst(
-        [(g, float((log_prob(act(field_type, g, x)) - reference).abs().max())) for g in _elements(field_type, elements)]
-    )
 
 
 def _log_prob(thing: Distribution | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     if isinstance(thing, Distribution):
         return thing.log_prob
     return check_instance("distribution", thing, Callable, "a distribution or a function that gives a log-density")
+
+
+@torch.no_grad()
+def _worst_invariance(
+    thing: Distribution | Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
+) -> tuple[float, GroupElement | None]:
+    check_event(x, field_type, "x")
+    log_prob, elements = _log_prob(thing), _elements(field_type, elements)
+    reference = log_prob(x)
+    scores = _on_each(log_prob, isinstance(thing, Distribution), [act(field_type, g, x) for g in elements])
+    return _worst([(g, float((score - reference).abs().max())) for g, score in zip(elements, scores)])
 
 
 def invariance_error(
@@ -193,7 +216,7 @@ def invariance_error(
     :param field_type: how the group acts on ``x``; default the distribution's own.
     :param elements: group elements; default as in :func:`equivariance_error`.
     """
-    return _worst_invariance(_log_prob(distribution), x, _field_type(distribution, field_type), elements)[0]
+    return _worst_invariance(distribution, x, _field_type(distribution, field_type), elements)[0]
 
 
 @torch.no_grad()
@@ -358,11 +381,10 @@ def assert_invariant(
     """
     _check_tolerance(tolerance)
     found_type = _field_type(distribution, field_type)
-    log_prob = _log_prob(distribution)
-    error, where = _worst_invariance(log_prob, x, found_type, elements)
+    error, where = _worst_invariance(distribution, x, found_type, elements)
     if tolerance is None:
         with torch.no_grad():
-            size = max(1.0, float(log_prob(x).abs().max()))
+            size = max(1.0, float(_log_prob(distribution)(x).abs().max()))
         tolerance = size * _tolerance("equivariance", x.dtype, None, found_type)
     _require("invariance", error, tolerance, where)
 

@@ -11,7 +11,7 @@ import cloudpickle
 import pytest
 import torch
 
-from pyro_equiflow import EquivariantImplicit, InvariantNormal, Inverse, testing
+from pyro_equiflow import InvariantNormal, Inverse, testing
 from pyro_equiflow.ops.events import act, event_dim, grid_elements
 from tests.cases import BATCH_SHAPES, CASES, DTYPES, ONE_OF_EACH, events
 
@@ -245,29 +245,6 @@ def test_one_inverse_while_it_lives(case):
     assert gone() is None
     again = transform.inv
     assert transform.inv is again is not another
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
-@every_kind
-def test_torch_func(case):
-    """vmap over events, forward-mode and reverse-mode derivatives agree with autograd."""
-    transform = CASES[case]().double()
-    x = events(case, (3,), torch.float64)
-    tangent = events(case, (3,), torch.float64, seed=5)
-    if isinstance(transform, EquivariantImplicit):  # a solver looks at values
-        with pytest.raises(RuntimeError, match="differentiate by torch.autograd"):
-            torch.func.vmap(transform._call)(x)
-        return
-    y = transform(x.clone())
-    torch.testing.assert_close(torch.func.vmap(transform._call)(x), y, rtol=1e-12, atol=1e-12)
-    _, jvp = torch.func.jvp(transform._call, (x,), (tangent,))
-    step = 1e-6
-    numeric = (transform._call(x + step * tangent) - transform._call(x - step * tangent)) / (2 * step)
-    torch.testing.assert_close(jvp, numeric, rtol=1e-6, atol=1e-6)
-    gradient = torch.func.grad(lambda x: transform._call(x).square().sum())(x)
-    leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(transform(leaf).square().sum(), leaf)
-    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 @every_kind

@@ -34,7 +34,7 @@ class PrecisionWatch:
     """Looks at what a closed transform and its copies give, and warns where float32 does not determine it.
 
     A look costs two more passes without gradients. Looked at are the first call; a batch at least twice as large as
-    those before, or that reaches half as far again; every thirty-second call; and without gradients the first call after
+    those before, or that reaches half as far again; every thirty-second call; and without gradients the first one after
     a change of the parameters, and all calls while results are found wanting. With Pyro's validation off nothing is.
 
     :param name: what is looked at.
