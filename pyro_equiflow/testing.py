@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from escnn.group import GroupElement
 from escnn.nn import FieldType
+from pyro.distributions import TransformModule
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
@@ -22,6 +23,7 @@ from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.events import act, check_elements, check_event, event_dim, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.rounding import rounding_error
+from pyro_equiflow.transforms.actnorm import awaits_data
 
 __all__ = [
     "TOLERANCES",
@@ -75,14 +77,15 @@ def _elements(field_type: FieldType, elements: Iterable[GroupElement] | None) ->
 _AT_ONCE = 2**18
 
 
-def _on_each(function: Callable[[Tensor], Tensor], batched: bool, events: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The function of one batch after another; of several at once where it takes any batch shape."""
-    if not batched or any(x.shape != events[0].shape for x in events):
-        yield from map(function, events)
+def _on_each(function: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The function of one batch after another; a transform, which takes any batch shape, of several at once."""
+    together = isinstance(function, TransformModule) and all(x.shape == batches[0].shape for x in batches)
+    if not together or awaits_data(function):  # a check does not set what the first large batch would
+        yield from map(function, batches)
         return
-    count = max(1, _AT_ONCE // max(1, events[0].numel()))
-    for start in range(0, len(events), count):
-        yield from function(torch.stack(list(events[start : start + count])))
+    count = max(1, _AT_ONCE // max(1, batches[0].numel()))
+    for start in range(0, len(batches), count):
+        yield from function(torch.stack(list(batches[start : start + count])))
 
 
 def _check_tolerance(tolerance: float | None) -> None:
@@ -137,7 +140,7 @@ def equivariance_errors(
     validate_field_type(image_type, "out_type")
     image, errors, elements = function(x), [], _elements(in_type, elements)
     moved = [act(in_type, g, x) for g in elements]
-    for g, found in zip(elements, _on_each(function, isinstance(function, Transform), moved)):
+    for g, found in zip(elements, _on_each(function, moved)):
         expected = act(image_type, g, image)
         errors.append((g, _relative(found - expected, expected, event_dim(image_type))))
     return errors
@@ -182,13 +185,13 @@ def _log_prob(thing: Distribution | Callable[[Tensor], Tensor]) -> Callable[[Ten
 
 @torch.no_grad()
 def _worst_invariance(
-    thing: Distribution | Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
+    log_prob: Callable[[Tensor], Tensor], x: Tensor, field_type: FieldType, elements: Any
 ) -> tuple[float, GroupElement | None]:
     check_event(x, field_type, "x")
-    log_prob, elements = _log_prob(thing), _elements(field_type, elements)
     reference = log_prob(x)
-    scores = _on_each(log_prob, isinstance(thing, Distribution), [act(field_type, g, x) for g in elements])
-    return _worst([(g, float((score - reference).abs().max())) for g, score in zip(elements, scores)])
+    return _worst(
+        [(g, float((log_prob(act(field_type, g, x)) - reference).abs().max())) for g in _elements(field_type, elements)]
+    )
 
 
 def invariance_error(
@@ -216,7 +219,7 @@ def invariance_error(
     :param field_type: how the group acts on ``x``; default the distribution's own.
     :param elements: group elements; default as in :func:`equivariance_error`.
     """
-    return _worst_invariance(distribution, x, _field_type(distribution, field_type), elements)[0]
+    return _worst_invariance(_log_prob(distribution), x, _field_type(distribution, field_type), elements)[0]
 
 
 @torch.no_grad()
@@ -381,7 +384,7 @@ def assert_invariant(
     """
     _check_tolerance(tolerance)
     found_type = _field_type(distribution, field_type)
-    error, where = _worst_invariance(distribution, x, found_type, elements)
+    error, where = _worst_invariance(_log_prob(distribution), x, found_type, elements)
     if tolerance is None:
         with torch.no_grad():
             size = max(1.0, float(_log_prob(distribution)(x).abs().max()))

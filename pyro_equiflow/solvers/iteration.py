@@ -83,7 +83,7 @@ def power_of_two(u: Tensor) -> Tensor:
     The right-hand sides of linear systems are divided by it, which is exact: so that systems are solved relative to
     them.
     """
-    largest = u.detach().flatten(1).abs().amax(1).double()
+    largest = _flat(u.detach()).abs().amax(1).double()
     exponent = torch.where(largest > 0, largest, 1.0).log2().floor()
     limit = 120 if u.dtype == torch.float32 else 1000
     return torch.exp2(exponent.clamp(-limit, limit)).to(u.dtype).reshape(-1, *(1 for _ in u.shape[1:]))

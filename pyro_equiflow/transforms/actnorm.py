@@ -20,7 +20,7 @@ from pyro_equiflow.ops.representations import IrrepDecomposition
 from pyro_equiflow.ops.tracing import is_traced
 from pyro_equiflow.transforms.base import EquivariantTransform
 
-__all__ = ["EquivariantActNorm", "equivariant_actnorm"]
+__all__ = ["EquivariantActNorm", "awaits_data", "equivariant_actnorm"]
 
 
 _MIN_ROWS = 16  # fewer say too little of a scale
@@ -175,6 +175,12 @@ class EquivariantActNorm(EquivariantTransform):
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._affine(y, inverse=True)
+
+
+def awaits_data(module: torch.nn.Module) -> bool:
+    """Whether the next large batch would set a layer of a module."""
+    layers = [part for part in module.modules() if isinstance(part, EquivariantActNorm)]
+    return any(layer.training and layer._waiting.waits for layer in layers)
 
 
 def equivariant_actnorm(field_type: enn.FieldType, *, data_init: bool = True) -> EquivariantActNorm:
