@@ -87,12 +87,13 @@ TESTS: dict[str, tuple[str, str]] = {
     ),
     "transforms/linear.py": (
         "transforms pyro_contract properties",
-        "test_linear or linear-C4] or linear-O2] or linear-SO2] or linear-D3] or linear-C4-plane]",
+        "test_linear or turns_of_linear or linear-C4] or linear-O2] or linear-SO2] or linear-D3] or linear-C4-plane]",
     ),
     "transforms/multiscale.py": (
         "images pyro_contract properties registration",
         "level or goes or go_on or multiscale or volumes or default",
     ),
+    "transforms/precision.py": ("precision", "test_precision"),
     "transforms/residual.py": (
         "errors registration contraction_pyro pyro_contract contraction_gradients flows",
         "test_errors and solved or residual-O2] or residual-C4-plane] or default or identity "
@@ -114,8 +115,16 @@ TESTS: dict[str, tuple[str, str]] = {
         "solvers contraction_gradients",
         "adjoint or grad or derivative or backward or differences and C4] and inverse",
     ),
+    "solvers/functional.py": (
+        "torch_func",
+        "closed_form or small_upstreams or hidden or failures or a_sample and implicit or hessians and implicit",
+    ),
     "solvers/iteration.py": ("solvers", "test_solvers and not memory"),
     "solvers/methods.py": ("solvers", "test_solvers and not memory"),
+    "solvers/problem.py": (
+        "solvers torch_func",
+        "test_solvers and not memory or closed_form or a_sample and implicit or single_precision",
+    ),
     "solvers/root.py": ("solvers contraction_pyro", "test_solvers and not memory or not_converged"),
     "logdet/base.py": ("logdet", "test_logdet"),
     "logdet/exact.py": ("logdet contraction", "test_logdet or steep_networks"),
@@ -124,6 +133,7 @@ TESTS: dict[str, tuple[str, str]] = {
     "logdet/series.py": ("logdet", "test_logdet"),
     "infer/autoguide.py": ("infer augment", "test_infer and not demo and not hmc or guide"),
     "infer/evidence.py": ("evidence infer augment registration", "evidence or weights or weigh or chain or default"),
+    "infer/importance.py": ("importance", "test_importance"),
     "infer/invariance.py": ("invariance infer", "test_invariance or invariant or symmetry or likelihood or draws"),
     "infer/joint_density.py": ("invariance", "test_invariance"),
     "infer/enumeration.py": ("invariance", "test_invariance"),
@@ -131,6 +141,7 @@ TESTS: dict[str, tuple[str, str]] = {
     "infer/quantiles.py": ("infer augment", "quantile or guide_in_use"),
     "distributions.py": ("distributions", "test_distributions and not space"),
     "augmented.py": ("augment", "augment and not guide and not other_objectives"),
+    "ops/rounding.py": ("precision", "estimate"),
     "ops/cells.py": ("squeeze images", "test_squeeze and not octahedral or the_laws_of_a_level or types"),
 }
 

@@ -93,9 +93,9 @@ def test_slopes_stay_below_the_constant_and_come_close(name):
 @pytest.mark.parametrize("name", ["flips", "SO2", "SO3"])
 def test_the_gate_has_constant_one(name, radius):
     gate = gate_on(name, radius=radius)
-    far_and_near = scattered(gate, 10_000)
+    far_and_near = scattered(gate, 3000)
     # And where length, gate and field compete: gates over several periods, fields about the radius.
-    close = radius * torch.randn(10_000, gate.in_type.size, dtype=torch.float64)
+    close = radius * torch.randn(3000, gate.in_type.size, dtype=torch.float64)
     close[:, : sum(r.is_trivial() for r in gate.in_type.representations)] *= 3
     for x in (far_and_near, close):
         worst = worst_norm(expand(gate), x)
