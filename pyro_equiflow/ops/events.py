@@ -13,6 +13,7 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
+from pyro_equiflow._elements import group_key
 from pyro_equiflow.ops.arguments import check_instance, check_integers, check_items
 from pyro_equiflow.ops.representations import validate_field_type
 
@@ -132,17 +133,19 @@ def channel_matmul(matrix: Tensor, x: Tensor, spatial_dims: int) -> Tensor:
     return (matrix @ x.flatten(-spatial_dims)).unflatten(-1, spatial)
 
 
-def _space_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
+@functools.lru_cache(maxsize=1024)
+def _space_matrix(gspace: GSpace, element: GroupElement) -> np.ndarray:
     """The action of ``element`` on array axes: escnn's points are (x, y, z), its arrays (-z, -y, x)."""
-    matrix = np.asarray(field_type.gspace.basespace_action(element))[::-1, ::-1].copy()
+    matrix = np.asarray(gspace.basespace_action(element))[::-1, ::-1].copy()
     matrix[:-1, :] *= -1
     matrix[:, :-1] *= -1
+    matrix.setflags(write=False)
     return matrix
 
 
 def signed_permutation(field_type: FieldType, element: GroupElement) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For each output axis: the input axis it is read from, and the sign of the reading direction."""
-    matrix = np.round(_space_matrix(field_type, element)).astype(int)
+    matrix = np.round(_space_matrix(field_type.gspace, element)).astype(int)
     axes = np.abs(matrix).argmax(axis=1)
     signs = matrix[np.arange(len(axes)), axes]
     return tuple(int(a) for a in axes), tuple(int(s) for s in signs)
@@ -152,7 +155,7 @@ def on_grid(field_type: FieldType, element: GroupElement) -> bool:
     """Whether ``element`` permutes the points of a grid (always true where there is no base space)."""
     if field_type.gspace.dimensionality == 0:
         return True
-    matrix = _space_matrix(field_type, element)
+    matrix = _space_matrix(field_type.gspace, element)
     return bool(np.abs(matrix - np.round(matrix)).max() < 1e-9)
 
 
@@ -163,9 +166,15 @@ def grid_elements(field_type: FieldType) -> list[GroupElement]:
     """
     group = field_type.fibergroup
     if field_type.gspace.dimensionality == 0:
-        return list(group.testing_elements())
+        key = group_key(group)
+        if key not in _testing_elements:
+            _testing_elements[key] = tuple(group.testing_elements())
+        return list(_testing_elements[key])
     elements = group.elements if group.order() > 0 else _grid_subgroup(field_type.gspace)
     return [g for g in elements if on_grid(field_type, g)]
+
+
+_testing_elements: dict[tuple, tuple[GroupElement, ...]] = {}
 
 
 @functools.lru_cache(maxsize=64)
@@ -202,10 +211,16 @@ def _quarter_turns(group: Group) -> list[GroupElement]:
     raise ValueError(f"expected one of escnn's groups, found {group}")
 
 
+@functools.lru_cache(maxsize=512)
 def channel_matrix(field_type: FieldType, element: GroupElement) -> np.ndarray:
-    r""":math:`\rho(g)` of the whole field type, float64, shape ``(C, C)``."""
-    blocks = [torch.as_tensor(np.asarray(rep(element)), device="cpu") for rep in field_type.representations]
-    return torch.block_diag(*blocks).numpy()
+    r""":math:`\rho(g)` of the whole field type, float64, shape ``(C, C)``; not to be written to."""
+    matrices = {rep: np.asarray(rep(element)) for rep in dict.fromkeys(field_type.representations)}
+    matrix, start = np.zeros((field_type.size, field_type.size)), 0
+    for rep in field_type.representations:
+        matrix[start : start + rep.size, start : start + rep.size] = matrices[rep]
+        start += rep.size
+    matrix.setflags(write=False)
+    return matrix
 
 
 def _check_acting(field_type: FieldType, element: GroupElement, x: Tensor) -> None:
@@ -263,7 +278,7 @@ def act(field_type: FieldType, element: GroupElement, x: Tensor) -> Tensor:
     spatial_dims = event_dim(field_type) - 1
     if not on_grid(field_type, element):
         raise ValueError(f"element: expected an element that permutes the grid, found {element}")
-    matrix = torch.as_tensor(channel_matrix(field_type, element), dtype=x.dtype, device=x.device)
+    matrix = torch.tensor(channel_matrix(field_type, element), dtype=x.dtype, device=x.device)
     if spatial_dims:
         axes, signs = signed_permutation(field_type, element)
         batch = x.dim() - spatial_dims
