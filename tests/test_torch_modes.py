@@ -14,6 +14,7 @@ from escnn import nn as enn
 from pyro import infer
 from pyro.infer import SVI
 from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_equiflow as pe
 from pyro_equiflow import logdet
@@ -262,3 +263,61 @@ def _step(kind, elbo):
 def test_jit_elbos_are_refused_where_bounds_follow_weights(kind, elbo):
     with pytest.raises(NotImplementedError, match=r"expected a call outside torch\.jit, found one .* take Trace_ELBO"):
         _step(kind, getattr(infer, elbo)())
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def _make_fx(function, x):
+    return make_fx(function)(x)
+
+
+def _export(function, x):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    with torch.no_grad():
+        return torch.export.export(Module(), (x,)).module()
+
+
+def _both(direction):
+    def both(x):
+        y = direction(x)
+        return y, direction.log_abs_det_jacobian(x, y)
+
+    return both
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, of its exporter
+@pytest.mark.parametrize(
+    ("case", "record"),
+    [(f"{case}-O2", _make_fx) for case in ("coupling", "iaf", "linear", "actnorm", "residual", "implicit")]
+    + [("residual-C4-plane", _make_fx)]
+    + [(f"{kind}-O2", _export) for kind in ("coupling", "linear", "residual", "implicit")],
+)
+def test_records_are_right_or_refused(case, record):
+    """Of a graph that make_fx or torch.export writes down: right at other events, or refused in words."""
+    transform = CASES[case]().eval()
+    x, other = events(case, (3,)), events(case, (3,), seed=4)
+    for both in map(_both, (transform, transform.inv)):
+        if "residual" in case or "implicit" in case:
+            with pytest.raises(NotImplementedError, match="expected tensors with values, found some of torch.export"):
+                record(both, x)
+            continue
+        for found, expected in zip(record(both, x)(other), both(other)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+def test_shapes_without_values(case):
+    """On the device meta: shapes right, or refused in words."""
+    transform, x = CASES[case]().to("meta"), events(case, (3,)).to("meta")
+    for direction in (transform, transform.inv):
+        if "residual" in case or "implicit" in case:
+            with pytest.raises(NotImplementedError, match="found some on the device meta: .* call it outside"):
+                direction(x)
+            continue
+        y = direction(x)
+        ladj = direction.log_abs_det_jacobian(x, y)
+        assert (y.shape, ladj.shape, y.device.type) == (x.shape, (3,), "meta")

@@ -20,7 +20,7 @@ __all__ = [
     "is_of_torch_func",
     "is_traced",
     "outside_torch_func",
-    "refuse_jit",
+    "refuse_records",
 ]
 
 # What of torch has no public name, or is asked too often for the public one, is here, with what serves where a release
@@ -34,6 +34,7 @@ is_of_torch_func: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_w
 _is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _keys = getattr(torch._C, "_TorchDispatchModeKey", None)
 # Those of make_fx and torch.export, and of tensors that are shapes only.
 _RECORDING = [getattr(_keys, name) for name in ("PROXY", "FAKE") if hasattr(_keys, name)]
@@ -64,16 +65,25 @@ def is_traced(*tensors: Tensor) -> bool:
     )
 
 
-def refuse_jit(owner: str) -> None:
-    """Raises under ``torch.jit.trace``.
+def refuse_records(owner: str, *tensors: Tensor) -> None:
+    """Raises where a computation is recorded, or has shapes and no values.
 
-    :raises NotImplementedError: naming what was called, and what to take in place of it.
+    :raises NotImplementedError: naming what was called, and what to do in place of it.
     """
     if _is_jit_tracing():
         raise NotImplementedError(
             f"{owner}: expected a call outside torch.jit, found one that torch.jit.trace records: it follows the "
             "values of weights and events, and a trace would keep those of its time; take Trace_ELBO in place of "
             "JitTrace_ELBO, and so on, or jit_compile=False"
+        )
+    if torch.compiler.is_compiling() and not _is_exporting():
+        return
+    recorded = _modes() > 0 and any(_mode(key) is not None for key in _RECORDING)
+    if recorded or any(tensor.is_meta for tensor in tensors):
+        where = "of torch.export, make_fx or the like" if recorded else "on the device meta"
+        raise NotImplementedError(
+            f"{owner}: expected tensors with values, found some {where}: it follows the values of weights and events, "
+            "which these do not show; call it outside, on a device that holds numbers"
         )
 
 

@@ -17,7 +17,7 @@ from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_flag, check_instance
 from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.ops.tracing import full_precision, refuse_jit
+from pyro_equiflow.ops.tracing import full_precision, refuse_records
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
 from pyro_equiflow.solvers.iteration import OnFailure, check_stopping, event_norm
 from pyro_equiflow.transforms.base import Deferred
@@ -269,7 +269,7 @@ class ContractionTransform(Solved, ConditionableTransform):
         return flat, None if context is None else flatten_batch(context, self.event_dim)[0], batch
 
     def _contraction(self, conditioner: LipschitzConditioner, x: Tensor, context: Tensor | None) -> _Contraction:
-        refuse_jit(type(self).__name__)
+        refuse_records(type(self).__name__, x)
         ((fn, tensors), bound), added = conditioner.with_offset(x.shape[2:])
         batched: tuple[bool, ...] = len(tensors) * (False,)
         if context is not None:
