@@ -62,9 +62,9 @@ TESTS: dict[str, tuple[str, str]] = {
         "conditional or context or twins and (coupling or iaf) and (O2] or C4-plane]) or one_default",
     ),
     "transforms/contraction.py": (
-        "errors contraction_pyro contraction pyro_contract contraction_gradients",
-        "test_errors and solved or bound or nobody or converge or solvers_and or below_rounding or inverse_of "
-        "or mode_of or every_sample or solutions_ask or half_answer or residual-O2] or implicit-O2] "
+        "errors contraction_pyro contraction pyro_contract contraction_gradients flows",
+        "test_errors and solved or stacks_of_solved or bound or nobody or converge or solvers_and or below_rounding "
+        "or inverse_of or mode_of or every_sample or solutions_ask or half_answer or residual-O2] or implicit-O2] "
         "or implicit-C4-plane] or finite_differences and C4 and not plane or wrong_sign",
     ),
     "transforms/coupling.py": (
@@ -77,8 +77,8 @@ TESTS: dict[str, tuple[str, str]] = {
         "test_iaf or architecture or identity_init or [iaf-O2] or [iaf-C4-plane] or default",
     ),
     "transforms/implicit.py": (
-        "errors registration contraction_pyro pyro_contract contraction_gradients flows",
-        "test_errors and solved or implicit-O2] or implicit-C4-plane] or default or identity "
+        "errors arguments registration contraction_pyro pyro_contract contraction_gradients flows",
+        "test_errors and solved or arguments and implicit or implicit-O2] or implicit-C4-plane] or default or identity "
         "or implicit and (nobody or converge or law or bound) or finite_differences and implicit and SO2",
     ),
     "transforms/inverse.py": (
@@ -95,8 +95,8 @@ TESTS: dict[str, tuple[str, str]] = {
     ),
     "transforms/precision.py": ("precision", "test_precision"),
     "transforms/residual.py": (
-        "errors registration contraction_pyro pyro_contract contraction_gradients flows",
-        "test_errors and solved or residual-O2] or residual-C4-plane] or default or identity "
+        "errors arguments registration contraction_pyro pyro_contract contraction_gradients flows",
+        "test_errors and solved or arguments and residual or residual-O2] or residual-C4-plane] or default or identity "
         "or residual and (nobody or converge or law or bound) or finite_differences and residual and SO2",
     ),
     "transforms/spline.py": (
@@ -122,10 +122,14 @@ TESTS: dict[str, tuple[str, str]] = {
     "solvers/iteration.py": ("solvers", "test_solvers and not memory"),
     "solvers/methods.py": ("solvers", "test_solvers and not memory"),
     "solvers/problem.py": (
-        "solvers torch_func",
-        "test_solvers and not memory or closed_form or a_sample and implicit or single_precision",
+        "solvers arguments torch_func",
+        "test_solvers and not memory or closed_form or a_sample and implicit or single_precision "
+        "or arguments and fixed_point",
     ),
-    "solvers/root.py": ("solvers contraction_pyro", "test_solvers and not memory or not_converged"),
+    "solvers/root.py": (
+        "solvers arguments contraction_pyro",
+        "test_solvers and not memory or not_converged or arguments and fixed_point",
+    ),
     "logdet/base.py": ("logdet", "test_logdet"),
     "logdet/exact.py": ("logdet contraction", "test_logdet or steep_networks"),
     "logdet/policy.py": ("logdet contraction", "test_logdet or roulette_is"),

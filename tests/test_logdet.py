@@ -287,6 +287,13 @@ def test_an_infinite_variance_is_said():
     RussianRoulette(probability=0.18)(lambda x: 0.1 * x, x, (), lipschitz=0.9, training=True)
 
 
+@pytest.mark.parametrize("estimator", [Exact(), PowerSeries(), PowerSeries(probes=None), RussianRoulette()], ids=str)
+def test_a_map_that_is_constant(estimator):
+    """As many zeros as samples, whatever the size of an event."""
+    found = estimator(lambda x: torch.ones_like(x), torch.randn(3, 2), (), lipschitz=0.9, training=True)
+    assert torch.equal(found.value, torch.zeros(3)) and torch.equal(found.output, torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("c", [1e-9, 0.5, 0.9, 0.95, 0.99])
 @pytest.mark.parametrize("size", [20, 40, 200])
 def test_the_default_in_training_is_never_far_off(size, c):

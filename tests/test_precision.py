@@ -99,6 +99,12 @@ def test_the_estimate_is_that_of_a_condition_number():
     across = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], dtype=torch.float64)
     assert rounding_error(lambda x: (x.double() @ across).float() + 1, torch.ones(1, 2)) > 1e-4
     assert rounding_error(lambda x: x - x, torch.randn(3, 4)).max() < 1e-4  # an image that vanishes is not lost
+    # Near the origin: to a hundredth of the root of the event's size, here of 9 entries.
+    x = torch.full((5, 1, 3, 3), 1e3)
+    error = rounding_error(lambda x: x - 1e3, x, 3)
+    torch.testing.assert_close(error, torch.full((5,), 2 * 3 * 2.0**-14 / (0.01 * 3)), rtol=0.3, atol=0)
+    with pytest.raises(TypeError, match="image: expected a torch.Tensor or None, found"):
+        rounding_error(lambda x: x, torch.zeros(2), image=[1.0, 2.0])
     with pytest.raises(TypeError, match="expected a tensor of float32, found torch.float64"):
         rounding_error(lambda x: x, torch.zeros(2, dtype=torch.float64))
 
@@ -190,8 +196,9 @@ def test_an_inverse_in_float64_is_what_the_message_promises():
     transform, x = iaf(5, "spline"), torch.randn(300, 16)
     with torch.no_grad():
         y = transform(x).clone()
-        with pytest.warns(pe.PrecisionWarning, match="of 300 events"):
+        with pytest.warns(pe.PrecisionWarning, match="of 300 events") as said:
             back = transform.inv(y)
+        assert said[0].filename == __file__  # the user's line
         assert relative(back, x).max() > 0.1
         transform.double()
         assert relative(transform.inv(transform(x.double()).clone()), x.double()).max() < 1e-6

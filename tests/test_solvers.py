@@ -284,8 +284,9 @@ def test_not_converged_raises_warns_or_is_ignored(solver):
         solver.solve(phi, y, lipschitz=0.99, max_steps=4, tolerance=1e-9)
     for part in ("of 6 samples", "4 steps", "worst residual", "certified error", "tolerance=1.00e-09", "max_steps"):
         assert part in str(failure.value)
-    with pytest.warns(RuntimeWarning, match="did not converge in 4 steps"):
+    with pytest.warns(RuntimeWarning, match="did not converge in 4 steps") as said:
         warned = solver.solve(phi, y, lipschitz=0.99, max_steps=4, tolerance=1e-9, on_failure="warn")
+    assert said[0].filename == __file__  # the user's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ignored = solver.solve(phi, y, lipschitz=0.99, max_steps=4, tolerance=1e-9, on_failure="ignore")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from pyro_equiflow.logdet.base import (
 from pyro_equiflow.logdet.probes import DISTRIBUTIONS, geometric, probe_vectors
 from pyro_equiflow.ops.arguments import check_choice, check_integer, check_number, set_fields
 from pyro_equiflow.ops.tracing import full_precision
+from pyro_equiflow.ops.warning import warn_caller
 
 __all__ = ["PowerSeries", "RussianRoulette"]
 
@@ -328,11 +328,10 @@ class RussianRoulette:
         size = x.shape[1:].numel()
         exact, probability = self.terms_for(lipschitz)
         if probability >= 1 - lipschitz**2:
-            warnings.warn(
+            warn_caller(
                 f"probability: expected below 1 - lipschitz^2 = {1 - lipschitz**2:.3g} for a variance that is surely "
                 f"finite, found {probability:g}: leave it out, and it follows from lipschitz={lipschitz:.3g}",
                 RuntimeWarning,
-                stacklevel=2,
             )
         with forward_pass(fn, x, tensors, pulled=True) as run:
             probes = probe_vectors(self.probes, x, self.distribution, training)

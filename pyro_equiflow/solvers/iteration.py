@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pyro_equiflow.ops.arguments import (
     check_number,
     set_fields,
 )
+from pyro_equiflow.ops.warning import warn_caller
 
 __all__ = [
     "Map",
@@ -369,4 +369,4 @@ def report(solution: Solution, tolerance: float, lipschitz: float, on_failure: O
     )
     if on_failure == "raise":
         raise ConvergenceError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn_caller(message, RuntimeWarning)

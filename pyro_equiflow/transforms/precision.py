@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import pyro
@@ -16,6 +15,7 @@ from pyro_equiflow.errors import PrecisionWarning
 from pyro_equiflow.ops.fingerprint import optimizer_steps
 from pyro_equiflow.ops.rounding import rounding_error
 from pyro_equiflow.ops.tracing import is_traced
+from pyro_equiflow.ops.warning import warn_caller
 
 __all__ = ["TOLERANCE", "PrecisionWatch", "Solved"]
 
@@ -68,13 +68,12 @@ class PrecisionWatch:
         self._wanting = bool(wrong.any())
         if self._wanting:
             worst = float(error.nan_to_num(nan=math.inf).max())
-            warnings.warn(
+            warn_caller(
                 f"{type(transform).__name__}: float32 does not determine the {self._name} to {TOLERANCE:g} for "
                 f"{int(wrong.sum())} of {wrong.numel()} events: the last bits of the input move the worst one by about "
                 f"{worst:.1g} of its length, the map is so steep there. Take transform and input to float64 with "
                 ".double(), or keep the map gentler: a smaller log_scale_bound, fewer steps, weight decay",
                 PrecisionWarning,
-                stacklevel=4,
             )
 
     def _due(self, transform: torch.nn.Module, size: int, reach: float) -> bool:
