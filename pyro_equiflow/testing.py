@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from escnn.group import GroupElement
@@ -80,7 +80,8 @@ _AT_ONCE = 2**18
 def _on_each(function: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """The function of one batch after another; a transform, which takes any batch shape, of several at once."""
     together = isinstance(function, TransformModule) and all(x.shape == batches[0].shape for x in batches)
-    if not together or awaits_data(function):  # a check does not set what the first large batch would
+    # A check does not set what the first large batch would.
+    if not together or awaits_data(cast("TransformModule", function)):
         yield from map(function, batches)
         return
     count = max(1, _AT_ONCE // max(1, batches[0].numel()))

@@ -31,16 +31,16 @@ from collections.abc import Iterator
 #: For each file, the test modules that ask most of it, the quickest first, and which of their tests.
 TESTS: dict[str, tuple[str, str]] = {
     "transforms/actnorm.py": (
-        "transforms cache pyro_contract properties errors flows",
-        "test_actnorm or waiting or set_before or actnorm-O2] or actnorm-C4] or actnorm-C4-plane]",
+        "transforms cache pyro_contract properties errors flows registration",
+        "test_actnorm or one_default or waiting or set_before or actnorm-O2] or actnorm-C4] or actnorm-C4-plane]",
     ),
     "transforms/affine.py": (
         "transformers transforms pyro_contract properties",
         "generator or rotation_in or scales_on or parameters_are or commutant or identity_init or [coupling-O2]",
     ),
     "transforms/base.py": (
-        "pyro_contract properties cache errors contraction_pyro transforms registration",
-        "every_case and (linear-O2] or residual-O2]) or test_call and (linear or residual) or inverse_is and linear "
+        "pyro_contract properties cache errors contraction_pyro transforms registration precision architecture",
+        "test_precision or test_architecture or every_case and (linear-O2] or residual-O2]) or test_call and (linear or residual) or inverse_is and linear "
         "or torch_func and linear or test_cache and (linear or residual-O2) or with_cache "
         "or test_errors and (linear or coupling-O2) or nobody or mode_of_the_day or equality or one_default",
     ),

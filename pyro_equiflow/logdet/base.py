@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.dense import dense_jacobian, pulled_jacobian
-from pyro_equiflow.ops.tracing import in_torch_func
+from pyro_equiflow.ops.tracing import in_torch_func, vjp
 
 __all__ = [
     "Estimator",
@@ -138,7 +138,7 @@ def forward_pass(
     Jacobians are needed under ``torch.no_grad()`` and ``torch.inference_mode()`` as well.
     """
     if in_torch_func():
-        y, pull_back = torch.func.vjp(lambda x: fn(x, *tensors), x)
+        y, pull_back = vjp(lambda x: fn(x, *tensors), x)
         _check_output(x, y)
         yield Pass(x, y, (), True, lambda p: pull_back(p)[0], functional=True)
         return

@@ -192,8 +192,8 @@ class LipschitzConditioner(Conditioner):
                     limited = torch.cat([limited, columns * after], 1)
                 part = part._replace(tensors=(limited, *(b if after == 1 else b * after for b in bias)))
             parts.append(part)
-        bound = min(bound * (1 + _ROUNDING) ** len(parts), self.lipschitz) if seen else self.lipschitz
-        normalized = Normalized(chained(parts), bound)
+        reached = min(float(bound) * (1 + _ROUNDING) ** len(parts), self.lipschitz) if seen else self.lipschitz
+        normalized = Normalized(chained(parts), reached)
         return normalized, Offset(tuple(added), tuple(spatial_shape or ()))
 
     def expanded(self) -> Expanded:

@@ -21,6 +21,7 @@ __all__ = [
     "is_traced",
     "outside_torch_func",
     "refuse_records",
+    "vjp",
 ]
 
 # What of torch has no public name, or is asked too often for the public one, is here, with what serves where a release
@@ -43,6 +44,11 @@ outside_torch_func: Callable[[], AbstractContextManager[Any]] = getattr(torch._C
 #: Turns forward mode on: what torch's own functions do for themselves in nested transformations.
 forward_mode: Callable[[], AbstractContextManager[Any]] = functools.partial(forward_ad._set_fwd_grad_enabled, True)
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def vjp(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """:func:`torch.func.vjp` without auxiliary outputs, as its types do not say."""
+    return cast("tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]", torch.func.vjp(function, *primals))
 
 
 def in_torch_func() -> bool:

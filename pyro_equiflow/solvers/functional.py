@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyro_equiflow.ops.tracing import forward_mode, is_of_torch_func
+from pyro_equiflow.ops.tracing import forward_mode, is_of_torch_func, vjp
 from pyro_equiflow.solvers.iteration import Solution, power_of_two
 from pyro_equiflow.solvers.problem import Problem
 
@@ -110,14 +110,14 @@ class _FixedPoint(torch.autograd.Function):
         phi = ctx.task.problem.phi
 
         def transposed(g: Tensor, x: Tensor, u: Tensor, *tensors: Tensor) -> Tensor:
-            _, pull = torch.func.vjp(lambda x: phi(x, *tensors), x)
+            _, pull = vjp(lambda x: phi(x, *tensors), x)
             return pull(g)[0] + u
 
         length = power_of_two(upstreams[0])
         u = upstreams[0] / length
         g = length * solve(ctx.task.linear(transposed), u, None, (x, u, *tensors)).value
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        _, pull = torch.func.vjp(lambda *some: phi(x, *_with(tensors, wanted, some)), *(tensors[i] for i in wanted))
+        _, pull = vjp(lambda *some: phi(x, *_with(tensors, wanted, some)), *(tensors[i] for i in wanted))
         gradients: list[Tensor | None] = [None] * len(tensors)
         for i, gradient in zip(wanted, pull(g)):
             gradients[i] = gradient
@@ -139,11 +139,11 @@ class _FixedPoint(torch.autograd.Function):
             return torch.func.jvp(lambda x: phi(x, *tensors), (x,), (g,))[1] + u
 
         moved = [i for i, tangent in enumerate(tangents[3:]) if tangent is not None]
-        _, u = torch.func.jvp(
+        u = torch.func.jvp(
             lambda *some: phi(x, *_with(tensors, moved, some)),
             tuple(tensors[i] for i in moved),
             tuple(tangents[3 + i] for i in moved),
-        )
+        )[1]
         length = power_of_two(u)
         u = u / length
         return length * solve(ctx.task.linear(pushed), u, None, (x, u, *tensors)).value
@@ -173,10 +173,9 @@ class _FixedPoint(torch.autograd.Function):
 
 def _of_members(problem: Problem, size: int, count: int, in_dims: tuple[int | None, ...]) -> Problem:
     def phi(x: Tensor, *tensors: Tensor) -> Tensor:
-        x, *tensors = (
-            t.unflatten(0, (size, count)) if own else t for t, own in zip((x, *tensors), (True, *problem.batched))
-        )
-        return torch.vmap(problem.phi, in_dims=(0, *in_dims))(x, *tensors).flatten(0, 1)
+        parts = [t.unflatten(0, (size, count)) if own else t for t, own in zip(tensors, problem.batched)]
+        found = torch.vmap(problem.phi, in_dims=(0, *in_dims))(x.unflatten(0, (size, count)), *parts)
+        return found.flatten(0, 1)
 
     return problem._replace(phi=phi, whole=True)
 
