@@ -40,7 +40,8 @@ TESTS: dict[str, tuple[str, str]] = {
     ),
     "transforms/base.py": (
         "pyro_contract properties cache errors contraction_pyro transforms registration precision architecture",
-        "test_precision or test_architecture or every_case and (linear-O2] or residual-O2]) or test_call and (linear or residual) or inverse_is and linear "
+        "test_precision or test_architecture or every_case and (linear-O2] or residual-O2]) "
+        "or test_call and (linear or residual) or inverse_is and linear "
         "or torch_func and linear or test_cache and (linear or residual-O2) or with_cache "
         "or test_errors and (linear or coupling-O2) or nobody or mode_of_the_day or equality or one_default",
     ),
