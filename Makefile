@@ -6,7 +6,7 @@
 #   make lint     ruff and mypy
 #   make bench    the benchmarks
 #   make docs     the documentation, in docs/_build/html; warnings are errors
-#   make mutants  faults planted in the code one at a time, to see whether tests fail (ARGS="transforms/affine.py")
+#   make mutants  faults planted in the code one at a time, to see whether tests fail (ARGS="maps/affine.py")
 #   make tutorials  the notebooks, executed (ARGS=--smoke: short runs, nothing kept)
 #   make clean    remove .venv and caches
 #

@@ -5,6 +5,7 @@ from pyro_equiflow import (
     _escnn,  # noqa: F401  (escnn is made fit before anything imports it)
     infer,
     logdet,
+    maps,
     nn,
     solvers,
     testing,
@@ -39,6 +40,7 @@ __all__ = [
     "image_flow",
     "infer",
     "logdet",
+    "maps",
     "nn",
     "particle_permutation",
     "particle_type",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from escnn.nn import FieldType
 
+from pyro_equiflow.maps.blocks import block_layout
 from pyro_equiflow.nn import MaskedSteerableNet, lipschitz_net, steerable_net
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integer, check_keywords
 from pyro_equiflow.ops.cells import check_cells
@@ -29,7 +30,6 @@ from pyro_equiflow.transforms import (
     equivariant_residual,
     equivariant_squeeze,
 )
-from pyro_equiflow.transforms.blocks import block_layout
 
 __all__ = ["equivariant_flow", "image_flow"]
 

@@ -322,6 +322,9 @@ LINES: dict[str, Line] = {
         {"module": NETWORK, "weight": instance(torch.Tensor), "spatial_shape": SIDES.or_none()},
         module=_Made(lambda: nn.SteerableConv(GRAY, GRAY)), weight=torch.ones(1, 1, 3, 3),
     ),
+    "Affine": line(),
+    "Commutant": line(),
+    "Spline": line(),
     # ---- numerics
     "Anderson": line(),
     "ByMode": line(training=logdet.Exact(), evaluation=logdet.Exact()),
@@ -421,6 +424,11 @@ EXEMPT: dict[str, str] = {
     **dict.fromkeys(("invariants", "with_filter"), "a hook of the package's own layers, given what they made"),
     **dict.fromkeys(("normalized", "with_offset"), "as lipschitz_bound, with one argument"),
     "lipschitz_bound": "as the function of that name",
+    **dict.fromkeys(
+        ("Block", "BlockMap", "FieldScalars", "Head", "bind", "heads", "inverse", "of_block", "parameters", "squares",
+         "times", "total"),
+        "what a map is written with, or given by a transform; bind checks what one says of itself",
+    ),
 }  # fmt: skip
 
 #: Arguments that are handed on as they are.

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from torch.distributions import Distribution
 
 import pyro_equiflow as pe
-from pyro_equiflow import logdet, nn, solvers
+from pyro_equiflow import logdet, maps, nn, solvers
 from tests.argument_sorts import CALLABLE, FLAG, MAPPING, Sort, choice, instance, integer, integers, number
 
 # ---- valid values -------------------------------------------------------------------------------------------
@@ -88,6 +88,7 @@ CHANNELS = integers(lambda v: all(i >= 1 for i in v), 64, (8, 0), (8.5,), (True,
 SORTS: dict[str, Sort] = {
     "actnorm": FLAG,
     "adjoint": instance(solvers.Adjoint).or_none(),
+    "bound": number("(0, inf)", 2.0),
     "alpha": number("[0, 0.5)", 0.1),
     "auxiliary": Sort(lambda v: isinstance(v, enn.FieldType) or integer().takes(v), (0, -1, True, GRAY, 1.0)),
     "ax": AXES.or_none(),
@@ -137,7 +138,7 @@ SORTS: dict[str, Sort] = {
     "log_density": CALLABLE,
     "log_det": CALLABLE.or_none().but(logdet.Exact, "exact"),
     "log_prob": Sort(lambda v: callable(v) or isinstance(v, Distribution), ("function",)),
-    "log_scale_bound": number("(0, inf)", 1.0),
+    "log_scale_bound": number("(0, inf)", 1.0).or_none(),
     "log_weights": LOG_WEIGHTS,
     "mask": instance(np.ndarray, np.ones((4, 4)), np.ones((3, 4), bool), np.ones(4, bool)).or_none(),
     "max_plate_nesting": integer(0).or_none(),
@@ -175,7 +176,6 @@ SORTS: dict[str, Sort] = {
     "smooth": integer(),
     "solver": instance(solvers.Solver).or_none(),
     "spatial_shape": NO_SIDES,
-    "spline_bound": number("(0, inf)", 2.0),
     "split": integers(
         lambda v: 0 < len(set(v)) == len(v) < 4 and set(v) <= {0, 1, 2, 3}, 1, (1.5,), (4,), (0, 0), (), "ab", (True,)
     ).or_none(),
@@ -187,7 +187,7 @@ SORTS: dict[str, Sort] = {
     "tolerance": TOLERANCE,
     "training": CALLABLE,
     "transform": TRANSFORM,
-    "transformer": choice("affine", "commutant", "spline"),
+    "transformer": choice("affine", "commutant", "spline").or_instance(maps.BlockMap).but(maps.Spline),
     "transforms": instance(list | tuple, [], [1], [torch.distributions.ExpTransform()], coupling()),
     "validate_args": FLAG.or_none(),
     "vector": instance(Representation, "irrep"),

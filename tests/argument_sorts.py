@@ -44,6 +44,10 @@ class Sort:
         """The sort that takes ``None`` as well."""
         return replace(self, takes=lambda value: value is None or self.takes(value))
 
+    def or_instance(self, kind: type) -> Sort:
+        """The sort that takes instances of a class as well."""
+        return replace(self, takes=lambda value: isinstance(value, kind) or self.takes(value))
+
     def but(self, *wrong: Any) -> Sort:
         """The sort with further wrong values, which it takes elsewhere."""
         return replace(self, wrong=(*self.wrong, *wrong))

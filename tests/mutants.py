@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the tests notice wrong code? Plants one fault at a time in a copy of the tree and runs the tests of that file.
 
-``make mutants`` runs it; ``make mutants ARGS="--per-file 3 transforms/affine.py"`` takes three mutants of one file. The
+``make mutants`` runs it; ``make mutants ARGS="--per-file 3 maps/affine.py"`` takes three mutants of one file. The
 operators are those of cosmic-ray that make plausible faults, and one that leaves out a term, a factor or a statement.
 The choice is by a fixed seed, at most one mutant a line; what only changes an error's words is left out. torch, Pyro
 and escnn are loaded once, each mutant is a fork. A mutant on which no test fails is printed: equivalent code, or a test
@@ -34,7 +34,7 @@ TESTS: dict[str, tuple[str, str]] = {
         "transforms cache pyro_contract properties errors flows registration",
         "test_actnorm or one_default or waiting or set_before or actnorm-O2] or actnorm-C4] or actnorm-C4-plane]",
     ),
-    "transforms/affine.py": (
+    "maps/affine.py": (
         "transformers transforms pyro_contract properties",
         "generator or rotation_in or scales_on or parameters_are or commutant or identity_init or [coupling-O2]",
     ),
@@ -45,12 +45,12 @@ TESTS: dict[str, tuple[str, str]] = {
         "or torch_func and linear or test_cache and (linear or residual-O2) or with_cache "
         "or test_errors and (linear or coupling-O2) or nobody or mode_of_the_day or equality or one_default",
     ),
-    "transforms/block_map.py": (
+    "maps/block_map.py": (
         "transformers transforms pyro_contract properties iaf",
         "parameters_are or scales_on or identity_init or coupling-C4] or coupling-spline-C4] or iaf-C4] "
         "or coupling-commutant-C4-plane] or coupling-spline-C4-plane] or block_triangular",
     ),
-    "transforms/blocks.py": (
+    "maps/blocks.py": (
         "transforms errors flows iaf",
         "scales_on or layouts or split or direct_sums or every_channel or take_turns or blocks or keeps_one",
     ),
@@ -100,17 +100,13 @@ TESTS: dict[str, tuple[str, str]] = {
         "test_errors and solved or arguments and residual or residual-O2] or residual-C4-plane] or default or identity "
         "or residual and (nobody or converge or law or bound) or finite_differences and residual and SO2",
     ),
-    "transforms/spline.py": (
+    "maps/spline.py": (
         "transformers pyro_contract properties",
         "spline or radial or parameters_are or knot or coupling-spline-C4] or coupling-spline-O2] or iaf-spline-O2]",
     ),
     "transforms/squeeze.py": (
         "squeeze properties pyro_contract volumes",
         "test_squeeze and not octahedral or squeeze-D4 or equivariant_squeeze]",
-    ),
-    "transforms/transformer.py": (
-        "transformers errors registration",
-        "wrong_arguments or bound or parameters or default",
     ),
     "solvers/adjoint.py": (
         "solvers contraction_gradients",
@@ -317,7 +313,7 @@ def _preload() -> None:
 def main() -> None:
     """Reads the arguments, copies the tree, and prints what survives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="such as transforms/affine.py; all by default")
+    parser.add_argument("files", nargs="*", help="such as maps/affine.py; all by default")
     parser.add_argument("--per-file", type=int, default=8, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--factor", type=float, default=4.0, help="how much longer than unchanged code one may take")

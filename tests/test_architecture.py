@@ -34,13 +34,8 @@ def image(**options):
 UNLIKE = {
     "split": (coupling, {"split": [0, 1]}, {"split": [1, 3]}, "split"),
     "function": (coupling, {}, {"function": "tanh"}, "function"),
-    "log_scale_bound": (coupling, {}, {"log_scale_bound": 1.0}, "log_scale_bound"),
-    "spline_bound": (
-        coupling,
-        {"transformer": "spline"},
-        {"transformer": "spline", "spline_bound": 2.0},
-        "spline_bound",
-    ),
+    "log_scale_bound": (coupling, {}, {"log_scale_bound": 1.0}, "transformer.log_scale_bound"),
+    "bound": (coupling, {"transformer": "spline"}, {"transformer": pe.maps.Spline(bound=2.0)}, "transformer.bound"),
     "order": (iaf, {}, {"order": [4, 1, 2, 3, 0]}, "order"),
     "iaf's function": (iaf, {}, {"function": "tanh"}, "function"),
     "lipschitz": (residual, {}, {"lipschitz": 0.5}, "lipschitz"),

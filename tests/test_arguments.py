@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import pyro_equiflow as pe
-from pyro_equiflow import infer, logdet, nn, plots, solvers, testing, transforms
+from pyro_equiflow import infer, logdet, maps, nn, plots, solvers, testing, transforms
 from tests.argument_cases import EXEMPT, HANDED_ON, LINES, SORTS
 
-MODULES = (pe, nn, solvers, logdet, infer, testing, plots, transforms)
+MODULES = (pe, nn, maps, solvers, logdet, infer, testing, plots, transforms)
 
 
 def public() -> dict[str, Any]:

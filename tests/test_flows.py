@@ -44,7 +44,7 @@ def test_options_reach_their_parts():
     flow = pe.equivariant_flow(field_type("C4"), num_transforms=3, log_scale_bound=0.7, split_by="irreps")
     names = [type(part).__name__ for part in flow]
     assert names == 3 * ["EquivariantActNorm", "EquivariantLinear", "EquivariantCoupling"]
-    assert all(p.log_scale_bound == 0.7 for p in flow if isinstance(p, pe.EquivariantCoupling))
+    assert all(p.transformer.log_scale_bound == 0.7 for p in flow if isinstance(p, pe.EquivariantCoupling))
     x = torch.randn(20, field_type("C4").size)
     flow = randomize(flow).double()
     testing.assert_equivariant(flow, x.double())
@@ -59,7 +59,7 @@ def test_autoregressive_steps_take_turns():
     steps = [part for part in flow if isinstance(part, pe.EquivariantIAF)]
     assert [type(part).__name__ for part in flow] == 3 * ["EquivariantActNorm", "EquivariantLinear", "EquivariantIAF"]
     assert [step.order for step in steps] == [(0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (0, 1, 2, 3, 4, 5)]
-    assert all(step.log_scale_bound == 0.7 for step in steps)
+    assert all(step.transformer.log_scale_bound == 0.7 for step in steps)
     x = torch.randn(20, kind.size)
     flow(x)
     flow = randomize(flow).double()

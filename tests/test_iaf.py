@@ -11,10 +11,10 @@ from torch.autograd.functional import jacobian
 
 import pyro_equiflow as pe
 from pyro_equiflow import testing
+from pyro_equiflow.maps.blocks import block_layout
 from pyro_equiflow.nn import Expanded, MaskedSteerableNet, SteerableConv, SteerableLinear, expand, steerable_net
 from pyro_equiflow.nn.networks import hidden_layer
 from pyro_equiflow.ops.events import act, grid_elements
-from pyro_equiflow.transforms.blocks import block_layout
 from tests.cases import field_type, point, randomize, spatial_shape
 
 NAMES = ["trivial", "C4", "D4", "O2", "SO3", "C4-plane", "D4-plane", "SO2-plane"]

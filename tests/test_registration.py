@@ -7,9 +7,8 @@ import pyro.distributions.transforms as pyro_transforms
 import pytest
 
 import pyro_equiflow as pe
-from pyro_equiflow import infer, logdet, nn, solvers, transforms
+from pyro_equiflow import infer, logdet, maps, nn, solvers, transforms
 from pyro_equiflow.registration import register
-from pyro_equiflow.transforms.transformer import Transformer
 
 NAMES = [n for n in transforms.__all__ if "quivariant" in n and not n.endswith("Transform")]
 
@@ -61,9 +60,7 @@ DEFAULTS = {
     "identity_init": True,
     "kernel_size": 3,
     "lipschitz": 0.9,
-    "log_scale_bound": 3.0,
     "memory": 5,
-    "num_bins": 8,
     "num_levels": 256,
     "num_quantile_samples": 10_000,
     "on_failure": "raise",
@@ -72,15 +69,16 @@ DEFAULTS = {
     "regularization": 1e-12,
     "rounding": 2.0,
     "rows": 64,
-    "spline_bound": 5.0,
     "transformer": "affine",
     "zero_init": False,
 }
 
 
 def signatures():
-    public = [(name, getattr(m, name)) for m in (pe, infer, logdet, nn, solvers, transforms) for name in m.__all__]
-    for name, thing in [*public, ("Transformer", Transformer)]:
+    public = [
+        (name, getattr(m, name)) for m in (pe, infer, logdet, maps, nn, solvers, transforms) for name in m.__all__
+    ]
+    for name, thing in public:
         parts = [thing] if inspect.isfunction(thing) else list(vars(thing).values()) if inspect.isclass(thing) else []
         for part in (getattr(part, "__func__", part) for part in parts):
             if inspect.isfunction(part):

@@ -20,9 +20,9 @@ from pyro.nn import PyroModule
 
 import pyro_equiflow as pe
 from pyro_equiflow import testing
+from pyro_equiflow.maps.blocks import Block, BlockLayout, block_layout
 from pyro_equiflow.nn import SteerableLinear, expand
 from pyro_equiflow.ops.events import act, event_dim, grid_elements
-from pyro_equiflow.transforms.blocks import Block, BlockLayout, block_layout
 from pyro_equiflow.transforms.linear import _cosine_and_sine
 from tests.cases import (
     BATCH_SHAPES,

@@ -11,19 +11,20 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.maps.block_map import BlockMap
+from pyro_equiflow.maps.blocks import block_layout
+from pyro_equiflow.maps.named import block_map
 from pyro_equiflow.nn import steerable_net
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.arguments import check_flag, check_integers, check_keywords
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
-from pyro_equiflow.transforms.blocks import block_layout
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
     ConditionalEquivariantTransform,
     with_context_fields,
 )
-from pyro_equiflow.transforms.transformer import Transformer, WithTransformer
 
 __all__ = [
     "ConditionalEquivariantCoupling",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-class EquivariantCoupling(WithTransformer, ConditionableTransform):
+class EquivariantCoupling(ConditionableTransform):
     r"""Coupling that commutes with a symmetry group.
 
     The event is split into invariant subspaces :math:`x = (x_a, x_b)`, never inside an irrep, and
@@ -41,15 +42,12 @@ class EquivariantCoupling(WithTransformer, ConditionableTransform):
     .. math:: y_a = x_a, \qquad y_b = \exp(s(x_a)) \cdot x_b + t(x_a),
 
     where :math:`s` commutes with the group: for a field whose channels the group permutes, a field of the same type
-    acting pointwise; for any other, one invariant scalar an irrep. On grids both are fields over positions. The
-    scale is bounded smoothly on both sides, :math:`|s| \le` ``log_scale_bound``. That is the map of
-    ``transformer="affine"``; two others, each of which holds the one before, have more parameters :math:`\phi` for the
-    conditioner to give, :math:`y_b = \tau(x_b; \phi(x_a))`:
-
-    - ``"commutant"``: :math:`y_b = \exp(s) \exp(\theta J)\, x_b + t`, a rotation inside each irrep of complex type
-      (:class:`~pyro_equiflow.transforms.affine.BlockCommutant`);
-    - ``"spline"``: before that a monotone rational-quadratic spline, of every channel of permutation fields, along the
-      radius of other irreps (:class:`~pyro_equiflow.transforms.spline.BlockSpline`).
+    acting pointwise; for any other, one invariant scalar per irrep. On grids both are fields over positions. The scale
+    is bounded smoothly on both sides. That is the map :class:`~pyro_equiflow.maps.Affine`; others have more parameters
+    :math:`\phi` for the conditioner to give, :math:`y_b = \tau(x_b; \phi(x_a))`: with
+    :class:`~pyro_equiflow.maps.Commutant` a rotation inside each irrep of complex type, with
+    :class:`~pyro_equiflow.maps.Spline` before that monotone rational-quadratic splines; or a
+    :class:`~pyro_equiflow.maps.BlockMap` of one's own.
 
     Log-det exact, inverse closed: one pass of the conditioner in either direction.
 
@@ -72,14 +70,13 @@ class EquivariantCoupling(WithTransformer, ConditionableTransform):
     :param split: indices of the blocks that condition, :math:`x_a`; by default the first half of the channels, whole
         blocks.
     :param split_by: blocks are ``"fields"`` or ``"irreps"``; ``None`` takes fields if there are two or more.
-    :param transformer: the map of :math:`x_b`: ``"affine"``, ``"commutant"`` or ``"spline"``.
-    :param log_scale_bound: the largest :math:`|s|`; positive.
-    :param spline_bound: channels and radii beyond it pass splines unchanged; positive.
-    :param num_bins: bins of each spline.
+    :param transformer: the map of :math:`x_b`, such as ``Spline(bound=4.0, num_bins=10)`` of
+        :mod:`pyro_equiflow.maps`; ``"affine"``, ``"commutant"`` or ``"spline"`` for one with its default settings.
+    :param log_scale_bound: the largest :math:`|s|` of a map by name, positive; ``None`` takes the map's own.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantCoupling`).
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises ValueError: a type that cannot be split, a wrong split, a conditioner of wrong types, an unknown
-        transformer, a bound or a number of bins out of range.
+        transformer, a bound out of range or beside a map.
 
     References: Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649), G-coupling;
     Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP* (arXiv 1605.08803), eq. 7 and 8; Durkan et al.,
@@ -93,20 +90,18 @@ class EquivariantCoupling(WithTransformer, ConditionableTransform):
         *,
         split: Sequence[int] | None = None,
         split_by: str | None = None,
-        transformer: str = "affine",
-        log_scale_bound: float = 3.0,
-        spline_bound: float = 5.0,
-        num_bins: int = 8,
+        transformer: str | BlockMap = "affine",
+        log_scale_bound: float | None = None,
         context_type: enn.FieldType | None = None,
         cache_size: int = 1,
     ) -> None:
-        chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+        chosen = block_map(transformer, log_scale_bound)
         parts = _Split(field_type, split, split_by, chosen)
         in_type, out_type = parts.conditioner_types(context_type)
         network = Conditioner(conditioner, in_type, out_type)
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self._transformer = chosen
+        self.transformer = chosen
         self._parts = parts
 
     @staticmethod
@@ -115,8 +110,7 @@ class EquivariantCoupling(WithTransformer, ConditionableTransform):
         *,
         split: Sequence[int] | None = None,
         split_by: str | None = None,
-        transformer: str = "affine",
-        num_bins: int = 8,
+        transformer: str | BlockMap = "affine",
         context_type: enn.FieldType | None = None,
     ) -> tuple[enn.FieldType, enn.FieldType]:
         """The field types between which the conditioner maps.
@@ -124,12 +118,12 @@ class EquivariantCoupling(WithTransformer, ConditionableTransform):
         :return: the type of :math:`x_a` (and of the context), and that of the map's parameters: for ``"affine"`` the
             scales followed by :math:`t`.
         """
-        chosen = Transformer(transformer, num_bins=num_bins)
+        chosen = block_map(transformer)
         return _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
 
     def _architecture(self) -> dict[str, Any]:
         found = super()._architecture()
-        found[""] |= {"split": self._parts.kept, "blocks": self._parts.layout.names(), **self._transformer.keywords()}
+        found[""] |= {"split": self._parts.kept, "blocks": self._parts.layout.names()}
         return found
 
     def _map_parameters(self, x_a: Tensor) -> list[Tensor]:
@@ -152,7 +146,7 @@ class _Split:
     """The two halves of an event: which channels condition, which are transformed, and by which map."""
 
     def __init__(
-        self, field_type: enn.FieldType, split: Sequence[int] | None, split_by: str | None, transformer: Transformer
+        self, field_type: enn.FieldType, split: Sequence[int] | None, split_by: str | None, transformer: BlockMap
     ) -> None:
         validate_field_type(field_type)
         self.field_type = field_type
@@ -161,7 +155,7 @@ class _Split:
         self.moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
         self.layout = layout
         self.spatial_dims = layout.spatial_dims
-        self.map = transformer.of([layout.blocks[i] for i in self.moved], self.spatial_dims)
+        self.map = transformer.bind([layout.blocks[i] for i in self.moved], self.spatial_dims)
         a, b = layout.channels(self.kept), layout.channels(self.moved)
         self.order = np.concatenate([a, b])
         in_order = bool((self.order == np.arange(len(self.order))).all())
@@ -253,10 +247,8 @@ def equivariant_coupling(
     hidden_dims: Sequence[int] = (64, 64),
     split: Sequence[int] | None = None,
     split_by: str | None = None,
-    transformer: str = "affine",
-    log_scale_bound: float = 3.0,
-    spline_bound: float = 5.0,
-    num_bins: int = 8,
+    transformer: str | BlockMap = "affine",
+    log_scale_bound: float | None = None,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> EquivariantCoupling:
@@ -269,7 +261,7 @@ def equivariant_coupling(
         >>> from pyro_equiflow import equivariant_coupling
         >>> space = gspaces.no_base_space(group.so2_group())
         >>> vectors = enn.FieldType(space, 3 * [space.irrep(1)])
-        >>> transform = equivariant_coupling(vectors, transformer="spline", num_bins=4)
+        >>> transform = equivariant_coupling(vectors, transformer="spline")
         >>> transform(torch.randn(5, 6)).shape
         torch.Size([5, 6])
 
@@ -279,17 +271,15 @@ def equivariant_coupling(
     :param split_by: see :class:`EquivariantCoupling`.
     :param transformer: see :class:`EquivariantCoupling`.
     :param log_scale_bound: see :class:`EquivariantCoupling`.
-    :param spline_bound: see :class:`EquivariantCoupling`.
-    :param num_bins: see :class:`EquivariantCoupling`.
     :param identity_init: whether the transform starts as the identity.
     :param net_kwargs: further keywords of :func:`~pyro_equiflow.nn.steerable_net`.
     """
     check_keywords(equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
     check_flag("identity_init", identity_init)
-    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    chosen = block_map(transformer, log_scale_bound)
     types = _Split(field_type, split, split_by, chosen).conditioner_types(None)
     net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return EquivariantCoupling(field_type, net, split=split, split_by=split_by, **chosen.keywords())
+    return EquivariantCoupling(field_type, net, split=split, split_by=split_by, transformer=chosen)
 
 
 def conditional_equivariant_coupling(
@@ -299,10 +289,8 @@ def conditional_equivariant_coupling(
     hidden_dims: Sequence[int] = (64, 64),
     split: Sequence[int] | None = None,
     split_by: str | None = None,
-    transformer: str = "affine",
-    log_scale_bound: float = 3.0,
-    spline_bound: float = 5.0,
-    num_bins: int = 8,
+    transformer: str | BlockMap = "affine",
+    log_scale_bound: float | None = None,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> ConditionalEquivariantCoupling:
@@ -327,17 +315,15 @@ def conditional_equivariant_coupling(
     :param split_by: see :func:`equivariant_coupling`.
     :param transformer: see :func:`equivariant_coupling`.
     :param log_scale_bound: see :func:`equivariant_coupling`.
-    :param spline_bound: see :func:`equivariant_coupling`.
-    :param num_bins: see :func:`equivariant_coupling`.
     :param identity_init: see :func:`equivariant_coupling`.
     :param net_kwargs: see :func:`equivariant_coupling`.
     """
     check_keywords(conditional_equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
     check_flag("identity_init", identity_init)
     validate_field_type(context_type, "context_type")
-    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    chosen = block_map(transformer, log_scale_bound)
     types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
     net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
     return ConditionalEquivariantCoupling(
-        field_type, context_type, net, split=split, split_by=split_by, **chosen.keywords()
+        field_type, context_type, net, split=split, split_by=split_by, transformer=chosen
     )

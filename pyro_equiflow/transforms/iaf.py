@@ -10,18 +10,19 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
+from pyro_equiflow.maps.block_map import BlockMap
+from pyro_equiflow.maps.blocks import block_layout
+from pyro_equiflow.maps.named import block_map
 from pyro_equiflow.nn import MaskedSteerableNet
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integers, check_keywords
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
-from pyro_equiflow.transforms.blocks import block_layout
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
     ConditionalEquivariantTransform,
     with_context_fields,
 )
-from pyro_equiflow.transforms.transformer import Transformer, WithTransformer
 
 __all__ = [
     "ConditionalEquivariantIAF",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-class EquivariantIAF(WithTransformer, ConditionableTransform):
+class EquivariantIAF(ConditionableTransform):
     r"""Inverse autoregressive flow that commutes with a symmetry group.
 
     The event is cut into invariant subspaces in an order, :math:`x = (x_1, \ldots, x_n)`, never inside an irrep, and
@@ -39,11 +40,10 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
     .. math:: y_i = \exp(s_i(x_{<i})) \cdot x_i + t_i(x_{<i}),
 
     where :math:`s_i` commutes with the group: for a field whose channels the group permutes, a field of the same type
-    acting pointwise; for any other, one invariant scalar an irrep. On grids both are fields over positions. The scale
-    is bounded smoothly on both sides, :math:`|s| \le` ``log_scale_bound``. One masked network
+    acting pointwise; for any other, one invariant scalar per irrep. On grids both are fields over positions. The scale
+    is bounded smoothly on both sides. One masked network
     (:class:`~pyro_equiflow.nn.MaskedSteerableNet`) gives all :math:`s_i, t_i`, so the Jacobian is block triangular.
-    Other maps of the blocks than this affine one are those of :class:`~pyro_equiflow.EquivariantCoupling`, by
-    ``transformer``.
+    Other maps of the blocks than this affine one are those of :mod:`pyro_equiflow.maps`, by ``transformer``.
 
     Log-det exact; one pass of the network. Inverse closed form, one block after the other: a pass a block, with weights
     expanded once, and as many to differentiate it. For density estimation ``Inverse(EquivariantIAF(...))`` is the
@@ -71,16 +71,13 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
         not be told.
     :param order: a permutation of the blocks: which comes first, second, and so on; by default as they stand.
     :param split_by: blocks are ``"fields"`` or ``"irreps"``; ``None`` takes fields if there are two or more.
-    :param transformer: the map of each block, ``"affine"``, ``"commutant"`` or ``"spline"``: see
-        :class:`~pyro_equiflow.EquivariantCoupling`.
-    :param log_scale_bound: the largest :math:`|s|`; positive.
-    :param spline_bound: channels and radii beyond it pass splines unchanged; positive.
-    :param num_bins: bins of each spline.
+    :param transformer: the map of each block, see :class:`~pyro_equiflow.EquivariantCoupling`.
+    :param log_scale_bound: likewise.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantIAF`).
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.
     :raises TypeError: a conditioner that is not a masked network.
     :raises ValueError: a type of one block, an order that is no permutation, a conditioner of wrong types or degrees,
-        an unknown transformer, a bound or a number of bins out of range.
+        an unknown transformer, a bound out of range or beside a map.
 
     References: Bose, Brubaker and Kobyzev, *Equivariant Finite Normalizing Flows* (arXiv 2110.08649); Kingma et al.,
     *Improving Variational Inference with Inverse Autoregressive Flow* (arXiv 1606.04934), section 3; Papamakarios,
@@ -94,14 +91,12 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
         *,
         order: Sequence[int] | None = None,
         split_by: str | None = None,
-        transformer: str = "affine",
-        log_scale_bound: float = 3.0,
-        spline_bound: float = 5.0,
-        num_bins: int = 8,
+        transformer: str | BlockMap = "affine",
+        log_scale_bound: float | None = None,
         context_type: enn.FieldType | None = None,
         cache_size: int = 1,
     ) -> None:
-        chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+        chosen = block_map(transformer, log_scale_bound)
         parts = _Ordered(field_type, order, split_by, chosen)
         remedy = "an autoregressive map needs a network with masks"
         check_instance(
@@ -114,7 +109,7 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
                 raise ValueError(f"conditioner: expected {name} {expected}, found {found}; see conditioner_degrees")
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
-        self._transformer = chosen
+        self.transformer = chosen
         self._parts = parts
 
     @property
@@ -127,8 +122,7 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
         field_type: enn.FieldType,
         *,
         split_by: str | None = None,
-        transformer: str = "affine",
-        num_bins: int = 8,
+        transformer: str | BlockMap = "affine",
         context_type: enn.FieldType | None = None,
     ) -> tuple[enn.FieldType, enn.FieldType]:
         """The field types between which the conditioner maps.
@@ -136,7 +130,7 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
         :return: the type of the event's blocks (and of the context), and that of the map's parameters: for ``"affine"``
             the scales followed by the shifts.
         """
-        chosen = Transformer(transformer, num_bins=num_bins)
+        chosen = block_map(transformer)
         return _Ordered(field_type, None, split_by, chosen).conditioner_types(context_type)
 
     @staticmethod
@@ -145,20 +139,19 @@ class EquivariantIAF(WithTransformer, ConditionableTransform):
         *,
         order: Sequence[int] | None = None,
         split_by: str | None = None,
-        transformer: str = "affine",
-        num_bins: int = 8,
+        transformer: str | BlockMap = "affine",
         context_type: enn.FieldType | None = None,
     ) -> tuple[list[int], list[int]]:
         """The degrees of all fields of :meth:`conditioner_types`.
 
         :return: for input and output a block's place in the order, from 1; 0 for a context.
         """
-        chosen = Transformer(transformer, num_bins=num_bins)
+        chosen = block_map(transformer)
         return _Ordered(field_type, order, split_by, chosen).conditioner_degrees(context_type)
 
     def _architecture(self) -> dict[str, Any]:
         found = super()._architecture()
-        found[""] |= {"order": self.order, "blocks": self._parts.layout.names(), **self._transformer.keywords()}
+        found[""] |= {"order": self.order, "blocks": self._parts.layout.names()}
         return found
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,15 +182,15 @@ class _Ordered:
     """The blocks of an event, their order, and their maps, all together and one by one."""
 
     def __init__(
-        self, field_type: enn.FieldType, order: Sequence[int] | None, split_by: str | None, transformer: Transformer
+        self, field_type: enn.FieldType, order: Sequence[int] | None, split_by: str | None, transformer: BlockMap
     ) -> None:
         validate_field_type(field_type)
         self.field_type = field_type
         self.layout = block_layout(field_type, split_by, "EquivariantIAF")
         blocks, spatial_dims = self.layout.blocks, self.layout.spatial_dims
         self.order = _checked(order, len(blocks))
-        self.map = transformer.of(blocks, spatial_dims)
-        self.maps = [transformer.of([block], spatial_dims) for block in blocks]
+        self.map = transformer.bind(blocks, spatial_dims)
+        self.maps = [transformer.bind([block], spatial_dims) for block in blocks]
 
     def conditioner_types(self, context_type: enn.FieldType | None) -> tuple[enn.FieldType, enn.FieldType]:
         gspace = self.field_type.gspace
@@ -270,10 +263,8 @@ def equivariant_iaf(
     hidden_dims: Sequence[int] = (64, 64),
     order: Sequence[int] | None = None,
     split_by: str | None = None,
-    transformer: str = "affine",
-    log_scale_bound: float = 3.0,
-    spline_bound: float = 5.0,
-    num_bins: int = 8,
+    transformer: str | BlockMap = "affine",
+    log_scale_bound: float | None = None,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> EquivariantIAF:
@@ -295,17 +286,15 @@ def equivariant_iaf(
     :param split_by: see :class:`EquivariantIAF`.
     :param transformer: see :class:`EquivariantIAF`.
     :param log_scale_bound: see :class:`EquivariantIAF`.
-    :param spline_bound: see :class:`EquivariantIAF`.
-    :param num_bins: see :class:`EquivariantIAF`.
     :param identity_init: whether the transform starts as the identity.
     :param net_kwargs: further keywords of :class:`~pyro_equiflow.nn.MaskedSteerableNet`.
     """
     check_keywords(equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
     check_flag("identity_init", identity_init)
-    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    chosen = block_map(transformer, log_scale_bound)
     parts = _Ordered(field_type, order, split_by, chosen)
     net = parts.network(None, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return EquivariantIAF(field_type, net, order=order, split_by=split_by, **chosen.keywords())
+    return EquivariantIAF(field_type, net, order=order, split_by=split_by, transformer=chosen)
 
 
 def conditional_equivariant_iaf(
@@ -315,10 +304,8 @@ def conditional_equivariant_iaf(
     hidden_dims: Sequence[int] = (64, 64),
     order: Sequence[int] | None = None,
     split_by: str | None = None,
-    transformer: str = "affine",
-    log_scale_bound: float = 3.0,
-    spline_bound: float = 5.0,
-    num_bins: int = 8,
+    transformer: str | BlockMap = "affine",
+    log_scale_bound: float | None = None,
     identity_init: bool = True,
     **net_kwargs: Any,
 ) -> ConditionalEquivariantIAF:
@@ -343,15 +330,13 @@ def conditional_equivariant_iaf(
     :param split_by: see :func:`equivariant_iaf`.
     :param transformer: see :func:`equivariant_iaf`.
     :param log_scale_bound: see :func:`equivariant_iaf`.
-    :param spline_bound: see :func:`equivariant_iaf`.
-    :param num_bins: see :func:`equivariant_iaf`.
     :param identity_init: see :func:`equivariant_iaf`.
     :param net_kwargs: see :func:`equivariant_iaf`.
     """
     check_keywords(conditional_equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
     check_flag("identity_init", identity_init)
     validate_field_type(context_type, "context_type")
-    chosen = Transformer(transformer, log_scale_bound, spline_bound, num_bins)
+    chosen = block_map(transformer, log_scale_bound)
     parts = _Ordered(field_type, order, split_by, chosen)
     net = parts.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return ConditionalEquivariantIAF(field_type, context_type, net, order=order, split_by=split_by, **chosen.keywords())
+    return ConditionalEquivariantIAF(field_type, context_type, net, order=order, split_by=split_by, transformer=chosen)

@@ -22,6 +22,14 @@ __all__ = ["Block", "BlockLayout", "block_layout"]
 class Block:
     """An invariant subspace of the event, a run of channels of the layout.
 
+    Example::
+
+        >>> from escnn import group
+        >>> from pyro_equiflow.maps import Block
+        >>> c4 = group.cyclic_group(4)
+        >>> Block((c4.irrep(1), c4.irrep(0))).repeats  # one number scales two channels, one a single channel
+        (2, 1)
+
     :ivar fields: its representations: one permutation field, or irreps.
     """
 
