@@ -11,14 +11,13 @@ from pyro_equiflow import (
     testing,
 )
 from pyro_equiflow import transforms as _transforms
-from pyro_equiflow.augmented import AugmentedDistribution, augment
-from pyro_equiflow.distributions import InvariantNormal, OrbitMixture
+from pyro_equiflow.distributions import AugmentedDistribution, InvariantNormal, OrbitMixture, augment
 from pyro_equiflow.errors import ConvergenceError, EquivarianceError, PrecisionWarning
 from pyro_equiflow.flows import equivariant_flow, image_flow
-from pyro_equiflow.images import LogitTransform, bits_per_dim, dequantize
+from pyro_equiflow.images import bits_per_dim, dequantize
 from pyro_equiflow.infer import *  # noqa: F403
 from pyro_equiflow.ops.serialization import register_reducers
-from pyro_equiflow.particles import MeanFreePositions, particle_permutation, particle_type
+from pyro_equiflow.particles import particle_permutation, particle_type
 from pyro_equiflow.registration import register
 from pyro_equiflow.transforms import *  # noqa: F403
 from pyro_equiflow.version import __version__
@@ -28,8 +27,6 @@ __all__ = [
     "ConvergenceError",
     "EquivarianceError",
     "InvariantNormal",
-    "LogitTransform",
-    "MeanFreePositions",
     "OrbitMixture",
     "PrecisionWarning",
     "__version__",

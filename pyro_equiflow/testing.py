@@ -18,7 +18,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_equiflow._elements import probe_elements
+from pyro_equiflow._escnn.elements import probe_elements
 from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.events import act, check_elements, check_event, event_dim, grid_elements
 from pyro_equiflow.ops.representations import validate_field_type

@@ -140,8 +140,9 @@ TESTS: dict[str, tuple[str, str]] = {
     "infer/enumeration.py": ("invariance", "test_invariance"),
     "infer/latents.py": ("infer augment", "packing or supports or representations or evidence or fields or predictive"),
     "infer/quantiles.py": ("infer augment", "quantile or guide_in_use"),
-    "distributions.py": ("distributions", "test_distributions and not space"),
-    "augmented.py": ("augment", "augment and not guide and not other_objectives"),
+    "distributions/invariant_normal.py": ("distributions", "test_distributions and not space"),
+    "distributions/orbit_mixture.py": ("distributions", "test_distributions and not space"),
+    "distributions/augmented.py": ("augment", "augment and not guide and not other_objectives"),
     "ops/rounding.py": ("precision", "estimate"),
     "ops/cells.py": ("squeeze images", "test_squeeze and not octahedral or the_laws_of_a_level or types"),
 }

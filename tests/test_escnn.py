@@ -216,7 +216,7 @@ def test_probes_tell_all_irreps_apart():
     """Intertwiners between unlike irreps vanish already at the probes, far above rounding; of equal ones all remain."""
     from escnn import group
 
-    from pyro_equiflow._bases import _at_generators, _embeddings_of
+    from pyro_equiflow._escnn.bases import _at_generators, _embeddings_of
 
     cases = [
         (group.so2_group(), [(k,) for k in (0, 1, 2, 54, 55, 143, 144)]),
@@ -237,8 +237,8 @@ def test_regular_representations_multiply_few_elements(monkeypatch):
     """One product an element and generator; a table of the group would take 14,400 here, half a minute."""
     from escnn import group
 
-    from pyro_equiflow import _elements
     from pyro_equiflow._escnn import _bases
+    from pyro_equiflow._escnn import elements as _elements
 
     G = group.full_ico_group()
     products = []
@@ -344,7 +344,7 @@ def test_the_pivot_is_not_rounding():
     """The embedding does not hang on the basis of the null space that the SVD happens to return."""
     from escnn import group
 
-    from pyro_equiflow._intertwiners import embeddings, mean_projector, null_projector
+    from pyro_equiflow._escnn.intertwiners import embeddings, mean_projector, null_projector
 
     G = group.dihedral_group(6)
     rho, psi = G.regular_representation, G.irrep(1, 1)
@@ -470,8 +470,8 @@ def test_a_damaged_file_of_the_cache_is_said_in_one_line(tmp_path, damage, caplo
 
 def test_every_patch_misses_loudly():
     """Each name that is replaced, taken away in turn."""
-    from pyro_equiflow import _patching
     from pyro_equiflow._escnn import _bases, _install
+    from pyro_equiflow._escnn import patching as _patching
 
     replaced = []
     with pytest.MonkeyPatch.context() as patch:
@@ -534,7 +534,7 @@ print(fit._memory.location)
 def test_an_escnn_of_no_distribution(monkeypatch):
     from importlib.metadata import PackageNotFoundError
 
-    from pyro_equiflow import _patching
+    from pyro_equiflow._escnn import patching as _patching
 
     def version(name):
         raise PackageNotFoundError(name)

@@ -10,8 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from pyro_equiflow import testing
 from pyro_equiflow.nn import MaskedSteerableNet, SteerableConv, SteerableLinear, expand
-from pyro_equiflow.nn.expansion_plan import JointExpansion
 from pyro_equiflow.nn.gated import Gates
+from pyro_equiflow.nn.linear.expansion_plan import JointExpansion
 from tests.cases import field_type, point
 
 #: Scalars, runs of irreps, the shape without channels, and the dimension of channels.

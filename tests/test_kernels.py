@@ -9,7 +9,7 @@ from escnn.nn.modules.conv import r2convolution, r3convolution
 from escnn.nn.modules.conv.rd_convolution import get_grid_coords
 
 from pyro_equiflow.nn import kernels
-from pyro_equiflow.nn.kernels import kernel_basis
+from pyro_equiflow.nn.linear.kernels import kernel_basis
 
 SPACES = {
     "C4": gspaces.rot2dOnR2(4),

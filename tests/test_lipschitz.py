@@ -32,7 +32,7 @@ from pyro_equiflow.nn import (
     lipschitz_net,
     weight_norm,
 )
-from pyro_equiflow.nn.lipschitz_conditioner import Normalized
+from pyro_equiflow.nn.lipschitz.conditioner import Normalized
 from tests.cases import DTYPES, field_type, point, spatial_shape
 from tests.test_lipschitz_nets import jacobian_norms, worst_norm
 from tests.test_operator_norm import all_angles, dense, lanczos, linear_part, symbol_norms, top

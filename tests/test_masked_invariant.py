@@ -14,7 +14,7 @@ from torch.autograd.functional import jacobian
 import pyro_equiflow as pe
 from pyro_equiflow import testing
 from pyro_equiflow.nn import InvariantGateNet, MaskedSteerableNet, expand
-from pyro_equiflow.nn.masked_invariant import MaskedInvariantGate
+from pyro_equiflow.nn.masked.invariant_gate import MaskedInvariantGate
 from tests.cases import field_type, point, randomize
 
 

@@ -10,7 +10,7 @@ from escnn import nn as enn
 
 from pyro_equiflow.nn import SteerableConv, SteerableLinear, expand, weight_norm
 from pyro_equiflow.nn import operator_norm as on
-from pyro_equiflow.nn.operator_norm import convolution_norm, frequencies, spectral_norm
+from pyro_equiflow.nn.lipschitz.operator_norm import convolution_norm, frequencies, spectral_norm
 from tests.cases import DTYPES, TYPES, field_type, spatial_shape
 
 # Of numpy's own largest singular value in float64.

@@ -9,7 +9,7 @@ from escnn import nn as enn
 
 from pyro_equiflow import testing
 from pyro_equiflow.nn import SteerableConv, expand
-from pyro_equiflow.nn.periodic import pad_periodic
+from pyro_equiflow.nn.linear.periodic import pad_periodic
 from tests.cases import randomize
 
 

@@ -7,7 +7,7 @@ from escnn import group, gspaces
 from escnn import nn as enn
 
 from pyro_equiflow.nn import InvariantGateNet, expand
-from pyro_equiflow.nn.products import IrrepProducts
+from pyro_equiflow.nn.irreps.products import IrrepProducts
 from pyro_equiflow.testing import assert_equivariant, equivariance_error
 
 

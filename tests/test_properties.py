@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyro_equiflow import InvariantNormal, Inverse, testing
-from pyro_equiflow._elements import probe_elements
+from pyro_equiflow._escnn.elements import probe_elements
 from pyro_equiflow.ops.events import act, event_dim, grid_elements
 from tests.cases import BATCH_SHAPES, CASES, DTYPES, ONE_OF_EACH, events
 

@@ -20,8 +20,8 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_equiflow.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions import OrbitMixture
+from pyro_equiflow.distributions.augmented import AugmentedDistribution, augment
 from pyro_equiflow.errors import EquivarianceError
 from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance

@@ -3,12 +3,12 @@
 
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
-from pyro_equiflow.nn.invariant_gate import InvariantGateNet
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
-from pyro_equiflow.nn.lipschitz import lipschitz_bound, weight_norm
-from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
-from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
-from pyro_equiflow.nn.masked import MaskedSteerableNet
+from pyro_equiflow.nn.irreps.invariant_gate import InvariantGateNet
+from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.lipschitz.bounds import lipschitz_bound, weight_norm
+from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
+from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
+from pyro_equiflow.nn.masked.network import MaskedSteerableNet
 from pyro_equiflow.nn.networks import lipschitz_net, steerable_net
 from pyro_equiflow.nn.nonlinearities import GatedNonLinearity, PointwiseNonLinearity
 

@@ -11,7 +11,7 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, expand
-from pyro_equiflow.nn.kernels import cast_buffers
+from pyro_equiflow.nn.linear.kernels import cast_buffers
 from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.events import event_dim, flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type

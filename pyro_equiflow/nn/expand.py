@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.nn.periodic import pad_periodic
+from pyro_equiflow.nn.linear.periodic import pad_periodic
 from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 

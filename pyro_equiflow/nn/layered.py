@@ -11,8 +11,8 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
-from pyro_equiflow.nn.expansion_plan import JointExpansion
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.linear.expansion_plan import JointExpansion
+from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.ops.architecture import settings
 
 __all__ = ["LayeredNet", "Layers"]

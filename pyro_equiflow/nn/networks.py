@@ -9,10 +9,11 @@ import torch
 from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
-from pyro_equiflow.nn.invariant_gate import InvariantGateNet
+from pyro_equiflow.nn.irreps.invariant_gate import InvariantGateNet
+from pyro_equiflow.nn.irreps.parts import IrrepParts
 from pyro_equiflow.nn.layered import LayeredNet
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, check_kernel, steerable_layer
-from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
+from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear, check_kernel, steerable_layer
+from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import (
     FUNCTIONS,
     FieldGates,
@@ -20,7 +21,6 @@ from pyro_equiflow.nn.nonlinearities import (
     PointwiseNonLinearity,
     require_one_lipschitz,
 )
-from pyro_equiflow.nn.parts import IrrepParts
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type, validate_over
 

@@ -13,7 +13,7 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
-from pyro_equiflow._elements import group_key
+from pyro_equiflow._escnn.elements import group_key
 from pyro_equiflow.ops.arguments import check_instance, check_integers, check_items
 from pyro_equiflow.ops.representations import validate_field_type
 

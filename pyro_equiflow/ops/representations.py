@@ -16,7 +16,7 @@ from escnn.group import IrreducibleRepresentation, Representation
 from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 
-from pyro_equiflow._elements import probe_elements
+from pyro_equiflow._escnn.elements import probe_elements
 
 __all__ = [
     "IrrepBlock",

@@ -25,6 +25,8 @@ from pyro_equiflow.transforms.implicit import (
 )
 from pyro_equiflow.transforms.inverse import Inverse
 from pyro_equiflow.transforms.linear import EquivariantLinear, equivariant_linear
+from pyro_equiflow.transforms.logit import LogitTransform
+from pyro_equiflow.transforms.mean_free import MeanFreePositions
 from pyro_equiflow.transforms.multiscale import MultiScale
 from pyro_equiflow.transforms.residual import (
     ConditionalEquivariantResidual,
@@ -50,6 +52,8 @@ __all__ = [
     "EquivariantSqueeze",
     "EquivariantTransform",
     "Inverse",
+    "LogitTransform",
+    "MeanFreePositions",
     "MultiScale",
     "conditional_equivariant_coupling",
     "conditional_equivariant_iaf",

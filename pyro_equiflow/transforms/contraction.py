@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.logdet import Estimator, LogDet, default_estimator
 from pyro_equiflow.nn import lipschitz_net
-from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
+from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_flag, check_instance
 from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type

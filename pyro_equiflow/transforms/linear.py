@@ -8,8 +8,8 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.nn.gather import Gather
-from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
+from pyro_equiflow.nn.irreps.parts import IrrepMap, IrrepParts
+from pyro_equiflow.nn.linear.gather import Gather
 from pyro_equiflow.ops.arguments import check_flag, check_number
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul

@@ -10,7 +10,7 @@ from escnn import nn as enn
 
 from pyro_equiflow.logdet import Estimator
 from pyro_equiflow.nn import lipschitz_net
-from pyro_equiflow.nn.lipschitz_conditioner import LipschitzConditioner
+from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.solvers import Adjoint, Solver

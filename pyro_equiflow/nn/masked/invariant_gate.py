@@ -11,9 +11,9 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded
-from pyro_equiflow.nn.gather import Gather
-from pyro_equiflow.nn.invariant_gate import InvariantGate, hidden_widths
-from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
+from pyro_equiflow.nn.irreps.invariant_gate import InvariantGate, hidden_widths
+from pyro_equiflow.nn.irreps.parts import IrrepMap, IrrepParts
+from pyro_equiflow.nn.linear.gather import Gather
 
 __all__ = ["MaskedInvariantGate", "evenly", "useful_degrees"]
 

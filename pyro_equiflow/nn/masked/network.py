@@ -13,8 +13,8 @@ from escnn.group import Representation
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
 from pyro_equiflow.nn.layered import Layers
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear, steerable_layer
-from pyro_equiflow.nn.masked_invariant import MaskedInvariantGate, evenly, useful_degrees
+from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear, steerable_layer
+from pyro_equiflow.nn.masked.invariant_gate import MaskedInvariantGate, evenly, useful_degrees
 from pyro_equiflow.nn.networks import check_network, gates_by_invariants, hidden_layer
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
 from pyro_equiflow.ops.arguments import check_integers

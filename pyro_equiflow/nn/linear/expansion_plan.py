@@ -14,7 +14,7 @@ from escnn import nn as enn
 from escnn.group import Representation
 from torch import Tensor
 
-from pyro_equiflow.nn.gather import Gather, block_gather, is_disjoint
+from pyro_equiflow.nn.linear.gather import Gather, block_gather, is_disjoint
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import split
 

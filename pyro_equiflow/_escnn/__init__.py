@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""escnn made fit on first import: a cache in the user's folder, no noise, bases that no chance decides.
-
-The bases are computed in ``_bases``.
-"""
+"""escnn made fit on first import: a cache in the user's folder, no noise, bases that no chance decides."""
 
 import logging
 import os
@@ -15,7 +12,7 @@ from typing import Any
 
 import joblib
 
-from pyro_equiflow._patching import escnn_version, expected, replace, unlike
+from pyro_equiflow._escnn.patching import escnn_version, expected, replace, unlike
 
 __all__: list[str] = []
 
@@ -84,7 +81,7 @@ try:
         import escnn.group
         import escnn.nn
 
-        from pyro_equiflow import _bases
+        from pyro_equiflow._escnn import bases
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] not in ("escnn", "lie_learn"):
         raise
@@ -148,7 +145,7 @@ def _install() -> None:
             )
     for module in (escnn.group.group, escnn.group.representation, escnn.nn.field_type):
         replace(module, "sparse", _SparseMatrices())
-    _bases.install()
+    bases.install()
 
 
 _install()

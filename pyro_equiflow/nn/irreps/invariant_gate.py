@@ -14,10 +14,10 @@ from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
-from pyro_equiflow.nn.gather import Gather
+from pyro_equiflow.nn.irreps.parts import IrrepMap, IrrepParts
+from pyro_equiflow.nn.irreps.products import IrrepMixture
+from pyro_equiflow.nn.linear.gather import Gather
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
-from pyro_equiflow.nn.parts import IrrepMap, IrrepParts
-from pyro_equiflow.nn.products import IrrepMixture
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
 from pyro_equiflow.ops.representations import validate_field_type
 
@@ -51,9 +51,9 @@ class InvariantGateNet(SteerableModule):
     under O(n) sums of invariants times vectors are all there is (Villar et al., *Scalars are universal*, arXiv
     2106.06610, theorem 4). Elsewhere lengths are not enough: they do not see the handedness of three vectors under
     SO(3), nor how irreps of different frequency stand to each other. There tensor products (:math:`C`, see
-    :class:`~pyro_equiflow.nn.products.IrrepProducts`) come between two mixtures; they are left out where no product of
-    the input's irreps holds an irrep of input or output. An output irrep that neither the input nor one product
-    holds is zero.
+    :class:`~pyro_equiflow.nn.irreps.products.IrrepProducts`) come between two mixtures; they are left out where no
+    product of the input's irreps holds an irrep of input or output. An output irrep that neither the input nor one
+    product holds is zero.
 
     Example::
 

@@ -4,7 +4,7 @@
 escnn finds Clebsch-Gordan coefficients and the irreps inside a representation by random elements
 of the group, a randomised SVD and an optimiser's random start. The bases so found differ from one
 cold cache to the next, and with them the function that given weights stand for. Here each basis is
-a function of its subspace alone (:mod:`_intertwiners`), hence the same on every machine.
+a function of its subspace alone (:mod:`~pyro_equiflow._escnn.intertwiners`), hence the same on every machine.
 
 Imported by ``_escnn`` once escnn is there.
 """
@@ -18,9 +18,9 @@ import numpy as np
 from escnn.group import _clebsh_gordan, _numerical, directproduct, irrep, representation
 from escnn.group.groups import ico, o3group, octa, so3group
 
-from pyro_equiflow._elements import candidate_irreps, group_key, probe_elements, walk
-from pyro_equiflow._intertwiners import TIE, embeddings, mean_projector, null_projector
-from pyro_equiflow._patching import expected, replace
+from pyro_equiflow._escnn.elements import candidate_irreps, group_key, probe_elements, walk
+from pyro_equiflow._escnn.intertwiners import TIE, embeddings, mean_projector, null_projector
+from pyro_equiflow._escnn.patching import expected, replace
 
 __all__ = ["install"]
 

@@ -10,8 +10,8 @@ import torch
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
-from pyro_equiflow.nn.gather import Gather
-from pyro_equiflow.nn.parts import IrrepMap
+from pyro_equiflow.nn.irreps.parts import IrrepMap
+from pyro_equiflow.nn.linear.gather import Gather
 from pyro_equiflow.ops.constants import Constants
 
 __all__ = ["IrrepMixture", "IrrepProducts"]

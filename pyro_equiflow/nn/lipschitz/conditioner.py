@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, chained, expand
-from pyro_equiflow.nn.lipschitz import LINEAR, expanded_linear, is_linear, lipschitz_bound, weight_norm
-from pyro_equiflow.nn.lipschitz_gate import LipschitzGate
+from pyro_equiflow.nn.lipschitz.bounds import LINEAR, expanded_linear, is_linear, lipschitz_bound, weight_norm
+from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
 from pyro_equiflow.ops.arguments import check_number
 from pyro_equiflow.ops.tracing import is_traced

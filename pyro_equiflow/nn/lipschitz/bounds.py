@@ -12,8 +12,8 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
-from pyro_equiflow.nn.layers import SteerableConv, SteerableLinear
-from pyro_equiflow.nn.operator_norm import convolution_norm, frequencies, spectral_norm
+from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
+from pyro_equiflow.nn.lipschitz.operator_norm import convolution_norm, frequencies, spectral_norm
 
 __all__ = ["LINEAR", "expanded_linear", "is_linear", "lipschitz_bound", "weight_norm"]
 
@@ -97,8 +97,9 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
     tensor is the weight, the others are added to the layer's result (biases).
 
     On a point the Schatten norm of the matrix, at most 1.03 times the largest singular value; on a grid the largest
-    over frequencies, at most 1.05 times more, see :func:`~pyro_equiflow.nn.operator_norm.frequencies`. Small grids with
-    zero padding may lie further below their bound, which holds for the periodic grid that contains them.
+    over frequencies, at most 1.05 times more, see
+    :func:`~pyro_equiflow.nn.lipschitz.operator_norm.frequencies`. Small grids with zero padding may lie further below
+    their bound, which holds for the periodic grid that contains them.
 
     Example::
 

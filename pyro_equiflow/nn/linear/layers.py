@@ -14,9 +14,9 @@ from escnn.group import Representation
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule, WithPullback
-from pyro_equiflow.nn.expansion_plan import ExpansionPlan
-from pyro_equiflow.nn.kernels import kernel_basis
-from pyro_equiflow.nn.periodic import pad_periodic
+from pyro_equiflow.nn.linear.expansion_plan import ExpansionPlan
+from pyro_equiflow.nn.linear.kernels import kernel_basis
+from pyro_equiflow.nn.linear.periodic import pad_periodic
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.representations import (

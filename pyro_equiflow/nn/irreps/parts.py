@@ -17,7 +17,7 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
-from pyro_equiflow.nn.gather import Gather, block_gather
+from pyro_equiflow.nn.linear.gather import Gather, block_gather
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import IrrepDecomposition
