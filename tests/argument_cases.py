@@ -234,20 +234,20 @@ LINES: dict[str, Line] = {
         {"tolerance": number("[0, inf)", 1e-3)}, model=model, representations={"z": VECTORS}
     ),
     "conditional_equivariant_coupling": line(
-        _REQUIRED, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,), through=[nn.steerable_net],
-        without=_NET_SET,
+        _REQUIRED, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,),
+        through=[pe.equivariant_coupling, nn.steerable_net], without=["zero_init"],
     ),
     "conditional_equivariant_iaf": line(
-        _REQUIRED, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,), through=[nn.MaskedSteerableNet],
-        without=_NET_SET,
+        _REQUIRED, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,),
+        through=[pe.equivariant_iaf, nn.MaskedSteerableNet], without=["zero_init"],
     ),
     "conditional_equivariant_implicit": line(
         _REQUIRED, _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,),
-        through=[nn.lipschitz_net, pe.EquivariantImplicit], without=(*_NET_SET, "context_type"),
+        through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit], without=["zero_init"],
     ),
     "conditional_equivariant_residual": line(
         _REQUIRED, _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,),
-        through=[nn.lipschitz_net, pe.EquivariantResidual], without=(*_NET_SET, "context_type"),
+        through=[pe.equivariant_residual, nn.lipschitz_net, pe.EquivariantResidual], without=["zero_init"],
     ),
     "dequantize": line(images=torch.zeros(2, 1, 4, 4, dtype=torch.long)),
     "equivariant_actnorm": line(field_type=VECTORS),
@@ -262,12 +262,12 @@ LINES: dict[str, Line] = {
     "equivariant_iaf": line(field_type=VECTORS, hidden_dims=(8,), through=[nn.MaskedSteerableNet], without=_NET_SET),
     "equivariant_implicit": line(
         _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, hidden_dims=(8,),
-        through=[nn.lipschitz_net, pe.EquivariantImplicit], without=(*_NET_SET, "context_type"),
+        through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit], without=["zero_init"],
     ),
     "equivariant_linear": line(field_type=VECTORS),
     "equivariant_residual": line(
         _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, hidden_dims=(8,),
-        through=[nn.lipschitz_net, pe.EquivariantResidual], without=(*_NET_SET, "context_type"),
+        through=[pe.equivariant_residual, nn.lipschitz_net, pe.EquivariantResidual], without=["zero_init"],
     ),
     "equivariant_squeeze": line(field_type=GRAY),
     "evidence_estimate": line(log_weights=WEIGHTS),

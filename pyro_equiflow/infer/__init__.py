@@ -4,15 +4,14 @@
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
-    MetropolisChain,
     WeightedDraws,
     evidence_estimate,
     importance_weighted_bound,
-    metropolis,
     weighted_draws,
 )
 from pyro_equiflow.infer.importance import importance_weights
 from pyro_equiflow.infer.invariance import InvarianceReport, SiteChange, check_model_invariance
+from pyro_equiflow.infer.metropolis import MetropolisChain, metropolis
 
 __all__ = [
     "AutoEquivariantFlow",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good is a flow or a guide: weighted draws, what follows from log weights, and the Metropolis correction."""
+"""How good is a flow or a guide: weighted draws, and what follows from log weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from pyro_equiflow.ops.arguments import check_instance, check_integer
 
 __all__ = [
     "EvidenceEstimate",
-    "MetropolisChain",
     "WeightedDraws",
+    "checked_log_weights",
     "evidence_estimate",
     "importance_weighted_bound",
-    "metropolis",
     "weighted_draws",
 ]
 
@@ -161,7 +160,12 @@ def _parts(owner: Any) -> Iterator[torch.nn.Module]:
             yield from _parts(part)
 
 
-def _checked(log_weights: Tensor) -> Tensor:
+def checked_log_weights(log_weights: Tensor) -> Tensor:
+    """Log weights in float64, flat and without a graph.
+
+    :raises TypeError: no tensor of floating-point numbers.
+    :raises ValueError: fewer than two, or some that are NaN or +infinity.
+    """
     check_instance("log_weights", log_weights, Tensor, "a torch.Tensor of shape (n,)")
     if not log_weights.is_floating_point():
         raise TypeError(f"log_weights: expected a floating-point tensor, found {log_weights.dtype}")
@@ -189,7 +193,7 @@ def evidence_estimate(log_weights: Tensor) -> EvidenceEstimate:
     :param log_weights: shape ``(n,)``, as of :func:`importance_weights`; two at least.
     :raises ValueError: fewer than two weights, some that are NaN or +infinity, or none above -infinity.
     """
-    log_weights = _checked(log_weights)
+    log_weights = checked_log_weights(log_weights)
     count = len(log_weights)
     largest = log_weights.max()
     if largest == -math.inf:
@@ -225,82 +229,10 @@ def importance_weighted_bound(log_weights: Tensor, num_particles: int) -> tuple[
 
     Reference: Burda, Grosse and Salakhutdinov, *Importance weighted autoencoders* (arXiv 1509.00519), eq. 8.
     """
-    log_weights = _checked(log_weights)
+    log_weights = checked_log_weights(log_weights)
     most = len(log_weights) // 2
     remedy = f"at most half of the {len(log_weights)} weights"
     num_particles = check_integer("num_particles", num_particles, 1, most, remedy=remedy)
     groups = len(log_weights) // num_particles
     bounds = log_weights[: groups * num_particles].view(groups, num_particles).logsumexp(1) - math.log(num_particles)
     return float(bounds.mean()), float(bounds.std()) / math.sqrt(groups)
-
-
-class MetropolisChain(NamedTuple):
-    """A Markov chain over draws, by their indices.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_equiflow.infer import metropolis
-        >>> metropolis(torch.zeros(5)).acceptance_rate
-        1.0
-
-    :ivar indices: which draw is the chain's state at each time, shape ``(n,)``; starts with draw 0.
-    :ivar acceptance_rate: share of the draws after the first that were accepted.
-    """
-
-    indices: Tensor
-    acceptance_rate: float
-
-
-@torch.no_grad()
-def metropolis(log_weights: Tensor) -> MetropolisChain:
-    r"""Independence Metropolis: independent draws become a chain whose law tends to the target.
-
-    Draw :math:`j` is accepted in state :math:`i` with probability :math:`\min(1, w_j / w_i)`, else the state stays.
-    Consecutive states are correlated; :func:`pyro.ops.stats.effective_sample_size` of an observable along the chain
-    tells how much. The uniform numbers come from torch's generator.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_equiflow.infer import metropolis
-        >>> metropolis(torch.tensor([0.0, 0.0, -1000.0, 0.0]))  # proposals of equal weight are accepted
-        MetropolisChain(indices=tensor([0, 1, 1, 3]), acceptance_rate=0.666...)
-
-    :param log_weights: of independent draws, shape ``(n,)``, as of :func:`weighted_draws` or
-        :func:`importance_weights`; two at least.
-    :raises ValueError: fewer than two weights, or some that are NaN or infinite.
-
-    References: Tierney, *Markov chains for exploring posterior distributions* (1994), section 2.3.3; Albergo, Kanwar
-    and Shanahan, *Flow-based generative models for Markov chain Monte Carlo in lattice field theory* (arXiv
-    1904.12072).
-    """
-    log_weights = _checked(log_weights)
-    count = len(log_weights)
-    # In state i the first later j with log w_j - log u_j > log w_i comes next, whatever happened before. So all
-    # successors are found at once, and which of them the chain meets by pointer doubling.
-    uniform = torch.rand(count, dtype=log_weights.dtype, device=log_weights.device)
-    successors = _first_above(log_weights - (1 - uniform).log(), log_weights)
-    visited = torch.zeros(count + 1, dtype=torch.bool, device=log_weights.device)
-    visited[0] = True
-    for _ in range(count.bit_length()):
-        visited[successors[visited]] = True
-        successors = successors[successors]
-    met = visited[:count]
-    indices = torch.where(met, torch.arange(count, device=met.device), 0).cummax(0).values
-    return MetropolisChain(indices, float(met[1:].double().mean()))
-
-
-def _first_above(values: Tensor, levels: Tensor) -> Tensor:
-    """For each ``i`` the least ``j > i`` with ``values[j] > levels[i]``; ``n`` where there is none, and for ``n``."""
-    count = len(values)
-    steps = range(count.bit_length())
-    # Largest of the 2**k values from each place on; what lies past the end is above everything.
-    padded = torch.cat([values, values.new_full((2 << len(steps),), math.inf)])
-    largest = [padded]
-    for k in steps:
-        largest.append(torch.maximum(largest[k][: -(1 << k)], largest[k][1 << k :]))
-    found = torch.arange(1, count + 1, device=values.device)
-    for k in reversed(steps):
-        found = torch.where(largest[k][found] <= levels, found + (1 << k), found)
-    return torch.cat([found, found.new_tensor([count])]).clamp(max=count)

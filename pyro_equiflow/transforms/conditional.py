@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from escnn import nn as enn
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor
 
-from pyro_equiflow.ops.arguments import check_instance
+from pyro_equiflow.ops.arguments import check_instance, check_keywords
 from pyro_equiflow.ops.events import check_event, event_dim
-from pyro_equiflow.ops.representations import validate_over
+from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.transforms.base import EquivariantTransform, check_finite
 
-__all__ = ["ConditionableTransform", "ConditionalEquivariantTransform", "with_context_fields"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ConditionableTransform", "ConditionalEquivariantTransform", "FamilyOfKind", "with_context_fields"]
 
 
 def with_context_fields(field_type: enn.FieldType, context_type: enn.FieldType | None) -> enn.FieldType:
@@ -157,3 +161,43 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
         # Not by setattr: a context that is a torch.nn.Parameter would join the parameters that all calls share.
         conditioned.__dict__["context"] = context
         return conditioned
+
+
+class FamilyOfKind(ConditionalEquivariantTransform):
+    """What the families of one kind of transform have in common; a subclass names the kind.
+
+    :param field_type: how the group acts on the event.
+    :param context_type: how the group acts on the context.
+    :param conditioners: the kind's networks, between its ``conditioner_types(field_type, context_type=context_type)``.
+    :param kwargs: the kind's keywords.
+    """
+
+    kind: ClassVar[type[ConditionableTransform]]
+
+    def __init__(
+        self,
+        field_type: enn.FieldType,
+        context_type: enn.FieldType,
+        *conditioners: enn.EquivariantModule,
+        **kwargs: Any,
+    ) -> None:
+        validate_field_type(context_type, "context_type")
+        # Networks may come by their names.
+        named = [name for name in kwargs if not name.startswith("conditioner")]
+        check_keywords(type(self), named, self.kind, without=["context_type"])
+        super().__init__(self.kind(field_type, *conditioners, context_type=context_type, **kwargs), context_type)
+
+    @classmethod
+    def made_by(
+        cls,
+        factory: Callable[..., ConditionableTransform],
+        field_type: enn.FieldType,
+        context_type: enn.FieldType,
+        **kwargs: Any,
+    ) -> Self:
+        """The family of what a factory of the kind makes."""
+        validate_field_type(context_type, "context_type")
+        family = cls.__new__(cls)
+        transform = factory(field_type, context_type=context_type, **kwargs)
+        ConditionalEquivariantTransform.__init__(family, transform, context_type)
+        return family

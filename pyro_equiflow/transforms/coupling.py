@@ -22,7 +22,7 @@ from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
-    ConditionalEquivariantTransform,
+    FamilyOfKind,
     with_context_fields,
 )
 
@@ -201,7 +201,7 @@ def _checked(split: Sequence[int], count: int) -> list[int]:
     return kept
 
 
-class ConditionalEquivariantCoupling(ConditionalEquivariantTransform):
+class ConditionalEquivariantCoupling(FamilyOfKind):
     r"""Equivariant coupling given a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
 
     As :class:`EquivariantCoupling`, with the context joined to :math:`x_a` in front of the conditioner.
@@ -222,23 +222,12 @@ class ConditionalEquivariantCoupling(ConditionalEquivariantTransform):
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param conditioner: a module between the types of ``EquivariantCoupling.conditioner_types(field_type,
+    :param conditioners: a module between the types of ``EquivariantCoupling.conditioner_types(field_type,
         context_type=context_type)``.
     :param kwargs: the keywords of :class:`EquivariantCoupling`.
     """
 
-    def __init__(
-        self,
-        field_type: enn.FieldType,
-        context_type: enn.FieldType,
-        conditioner: enn.EquivariantModule,
-        **kwargs: Any,
-    ) -> None:
-        validate_field_type(context_type, "context_type")
-        check_keywords(ConditionalEquivariantCoupling, kwargs, EquivariantCoupling, without=["context_type"])
-        super().__init__(
-            EquivariantCoupling(field_type, conditioner, context_type=context_type, **kwargs), context_type
-        )
+    kind = EquivariantCoupling
 
 
 def equivariant_coupling(
@@ -250,6 +239,7 @@ def equivariant_coupling(
     transformer: str | BlockMap = "affine",
     log_scale_bound: float | None = None,
     identity_init: bool = True,
+    context_type: enn.FieldType | None = None,
     **net_kwargs: Any,
 ) -> EquivariantCoupling:
     """An :class:`EquivariantCoupling` with a :func:`~pyro_equiflow.nn.steerable_net` as conditioner.
@@ -272,27 +262,22 @@ def equivariant_coupling(
     :param transformer: see :class:`EquivariantCoupling`.
     :param log_scale_bound: see :class:`EquivariantCoupling`.
     :param identity_init: whether the transform starts as the identity.
+    :param context_type: field type of a context, which the transform then waits for: see
+        :func:`conditional_equivariant_coupling`.
     :param net_kwargs: further keywords of :func:`~pyro_equiflow.nn.steerable_net`.
     """
     check_keywords(equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
     check_flag("identity_init", identity_init)
     chosen = block_map(transformer, log_scale_bound)
-    types = _Split(field_type, split, split_by, chosen).conditioner_types(None)
+    types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
     net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return EquivariantCoupling(field_type, net, split=split, split_by=split_by, transformer=chosen)
+    return EquivariantCoupling(
+        field_type, net, split=split, split_by=split_by, transformer=chosen, context_type=context_type
+    )
 
 
 def conditional_equivariant_coupling(
-    field_type: enn.FieldType,
-    context_type: enn.FieldType,
-    *,
-    hidden_dims: Sequence[int] = (64, 64),
-    split: Sequence[int] | None = None,
-    split_by: str | None = None,
-    transformer: str | BlockMap = "affine",
-    log_scale_bound: float | None = None,
-    identity_init: bool = True,
-    **net_kwargs: Any,
+    field_type: enn.FieldType, context_type: enn.FieldType, **kwargs: Any
 ) -> ConditionalEquivariantCoupling:
     """A :class:`ConditionalEquivariantCoupling` with a :func:`~pyro_equiflow.nn.steerable_net` as conditioner.
 
@@ -310,20 +295,6 @@ def conditional_equivariant_coupling(
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param hidden_dims: see :func:`equivariant_coupling`.
-    :param split: see :func:`equivariant_coupling`.
-    :param split_by: see :func:`equivariant_coupling`.
-    :param transformer: see :func:`equivariant_coupling`.
-    :param log_scale_bound: see :func:`equivariant_coupling`.
-    :param identity_init: see :func:`equivariant_coupling`.
-    :param net_kwargs: see :func:`equivariant_coupling`.
+    :param kwargs: the keywords of :func:`equivariant_coupling`.
     """
-    check_keywords(conditional_equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
-    check_flag("identity_init", identity_init)
-    validate_field_type(context_type, "context_type")
-    chosen = block_map(transformer, log_scale_bound)
-    types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
-    net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return ConditionalEquivariantCoupling(
-        field_type, context_type, net, split=split, split_by=split_by, transformer=chosen
-    )
+    return ConditionalEquivariantCoupling.made_by(equivariant_coupling, field_type, context_type, **kwargs)

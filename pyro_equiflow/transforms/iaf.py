@@ -20,7 +20,7 @@ from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.transforms.conditional import (
     ConditionableTransform,
-    ConditionalEquivariantTransform,
+    FamilyOfKind,
     with_context_fields,
 )
 
@@ -218,7 +218,7 @@ def _checked(order: Sequence[int] | None, count: int) -> tuple[int, ...]:
     return given
 
 
-class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
+class ConditionalEquivariantIAF(FamilyOfKind):
     r"""Inverse autoregressive flow given a context, :math:`T(g \cdot x \mid g \cdot c) = g \cdot T(x \mid c)`.
 
     As :class:`EquivariantIAF`, with the context joined to :math:`x` in front of the network; every block sees it.
@@ -240,21 +240,12 @@ class ConditionalEquivariantIAF(ConditionalEquivariantTransform):
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param conditioner: a masked network between the types of ``EquivariantIAF.conditioner_types(field_type,
+    :param conditioners: a masked network between the types of ``EquivariantIAF.conditioner_types(field_type,
         context_type=context_type)``, with the degrees of ``EquivariantIAF.conditioner_degrees``.
     :param kwargs: the keywords of :class:`EquivariantIAF`.
     """
 
-    def __init__(
-        self,
-        field_type: enn.FieldType,
-        context_type: enn.FieldType,
-        conditioner: MaskedSteerableNet,
-        **kwargs: Any,
-    ) -> None:
-        validate_field_type(context_type, "context_type")
-        check_keywords(ConditionalEquivariantIAF, kwargs, EquivariantIAF, without=["context_type"])
-        super().__init__(EquivariantIAF(field_type, conditioner, context_type=context_type, **kwargs), context_type)
+    kind = EquivariantIAF
 
 
 def equivariant_iaf(
@@ -266,6 +257,7 @@ def equivariant_iaf(
     transformer: str | BlockMap = "affine",
     log_scale_bound: float | None = None,
     identity_init: bool = True,
+    context_type: enn.FieldType | None = None,
     **net_kwargs: Any,
 ) -> EquivariantIAF:
     """An :class:`EquivariantIAF` with a :class:`~pyro_equiflow.nn.MaskedSteerableNet` as conditioner.
@@ -287,27 +279,22 @@ def equivariant_iaf(
     :param transformer: see :class:`EquivariantIAF`.
     :param log_scale_bound: see :class:`EquivariantIAF`.
     :param identity_init: whether the transform starts as the identity.
+    :param context_type: field type of a context, which the transform then waits for: see
+        :func:`conditional_equivariant_iaf`.
     :param net_kwargs: further keywords of :class:`~pyro_equiflow.nn.MaskedSteerableNet`.
     """
     check_keywords(equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
     check_flag("identity_init", identity_init)
     chosen = block_map(transformer, log_scale_bound)
     parts = _Ordered(field_type, order, split_by, chosen)
-    net = parts.network(None, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return EquivariantIAF(field_type, net, order=order, split_by=split_by, transformer=chosen)
+    net = parts.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    return EquivariantIAF(
+        field_type, net, order=order, split_by=split_by, transformer=chosen, context_type=context_type
+    )
 
 
 def conditional_equivariant_iaf(
-    field_type: enn.FieldType,
-    context_type: enn.FieldType,
-    *,
-    hidden_dims: Sequence[int] = (64, 64),
-    order: Sequence[int] | None = None,
-    split_by: str | None = None,
-    transformer: str | BlockMap = "affine",
-    log_scale_bound: float | None = None,
-    identity_init: bool = True,
-    **net_kwargs: Any,
+    field_type: enn.FieldType, context_type: enn.FieldType, **kwargs: Any
 ) -> ConditionalEquivariantIAF:
     """A :class:`ConditionalEquivariantIAF` with a :class:`~pyro_equiflow.nn.MaskedSteerableNet` as conditioner.
 
@@ -325,18 +312,6 @@ def conditional_equivariant_iaf(
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param hidden_dims: see :func:`equivariant_iaf`.
-    :param order: see :func:`equivariant_iaf`.
-    :param split_by: see :func:`equivariant_iaf`.
-    :param transformer: see :func:`equivariant_iaf`.
-    :param log_scale_bound: see :func:`equivariant_iaf`.
-    :param identity_init: see :func:`equivariant_iaf`.
-    :param net_kwargs: see :func:`equivariant_iaf`.
+    :param kwargs: the keywords of :func:`equivariant_iaf`.
     """
-    check_keywords(conditional_equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
-    check_flag("identity_init", identity_init)
-    validate_field_type(context_type, "context_type")
-    chosen = block_map(transformer, log_scale_bound)
-    parts = _Ordered(field_type, order, split_by, chosen)
-    net = parts.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
-    return ConditionalEquivariantIAF(field_type, context_type, net, order=order, split_by=split_by, transformer=chosen)
+    return ConditionalEquivariantIAF.made_by(equivariant_iaf, field_type, context_type, **kwargs)

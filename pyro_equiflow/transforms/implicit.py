@@ -13,10 +13,9 @@ from pyro_equiflow.logdet import Estimator
 from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
-from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.solvers import Adjoint, Solution, Solver
 from pyro_equiflow.solvers.iteration import OnFailure
-from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
+from pyro_equiflow.transforms.conditional import FamilyOfKind
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
 __all__ = [
@@ -28,7 +27,7 @@ __all__ = [
 
 
 # What the factories say themselves.
-_SET = ("zero_init", "context_type")
+_SET = ("zero_init",)
 
 
 class EquivariantImplicit(ContractionTransform):
@@ -118,7 +117,7 @@ class EquivariantImplicit(ContractionTransform):
         return self._solution(x, self._steps())
 
 
-class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
+class ConditionalEquivariantImplicit(FamilyOfKind):
     r"""Equivariant implicit transform given a context, :math:`x + F(x, c) - y - H(y, c) = 0`.
 
     As :class:`EquivariantImplicit`, with the context joined to :math:`x` and to :math:`y` in front of the networks,
@@ -141,24 +140,12 @@ class ConditionalEquivariantImplicit(ConditionalEquivariantTransform):
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param conditioner_x: a module between the types of ``EquivariantImplicit.conditioner_types(field_type,
-        context_type=context_type)``.
-    :param conditioner_y: likewise.
+    :param conditioners: two modules, for :math:`F` and for :math:`H`, each between the types of
+        ``EquivariantImplicit.conditioner_types(field_type, context_type=context_type)``.
     :param kwargs: the keywords of :class:`EquivariantImplicit`.
     """
 
-    def __init__(
-        self,
-        field_type: enn.FieldType,
-        context_type: enn.FieldType,
-        conditioner_x: enn.EquivariantModule,
-        conditioner_y: enn.EquivariantModule,
-        **kwargs: Any,
-    ) -> None:
-        validate_field_type(context_type, "context_type")
-        check_keywords(ConditionalEquivariantImplicit, kwargs, EquivariantImplicit, without=["context_type"])
-        transform = EquivariantImplicit(field_type, conditioner_x, conditioner_y, context_type=context_type, **kwargs)
-        super().__init__(transform, context_type)
+    kind = EquivariantImplicit
 
 
 def equivariant_implicit(
@@ -182,17 +169,12 @@ def equivariant_implicit(
     :param kwargs: further keywords of :func:`~pyro_equiflow.nn.lipschitz_net` and of :class:`EquivariantImplicit`.
     """
     check_keywords(equivariant_implicit, kwargs, lipschitz_net, EquivariantImplicit, without=_SET)
-    nets = lipschitz_nets(2, field_type, None, hidden_dims, identity_init, kwargs)
+    nets = lipschitz_nets(2, field_type, kwargs.get("context_type"), hidden_dims, identity_init, kwargs)
     return EquivariantImplicit(field_type, *nets, **kwargs)
 
 
 def conditional_equivariant_implicit(
-    field_type: enn.FieldType,
-    context_type: enn.FieldType,
-    *,
-    hidden_dims: Sequence[int] = (64, 64),
-    identity_init: bool = True,
-    **kwargs: Any,
+    field_type: enn.FieldType, context_type: enn.FieldType, **kwargs: Any
 ) -> ConditionalEquivariantImplicit:
     """A :class:`ConditionalEquivariantImplicit` with a :func:`~pyro_equiflow.nn.lipschitz_net` for each conditioner.
 
@@ -210,11 +192,6 @@ def conditional_equivariant_implicit(
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param hidden_dims: see :func:`equivariant_implicit`.
-    :param identity_init: see :func:`equivariant_implicit`.
-    :param kwargs: see :func:`equivariant_implicit`.
+    :param kwargs: the keywords of :func:`equivariant_implicit`.
     """
-    check_keywords(conditional_equivariant_implicit, kwargs, lipschitz_net, EquivariantImplicit, without=_SET)
-    validate_field_type(context_type, "context_type")
-    nets = lipschitz_nets(2, field_type, context_type, hidden_dims, identity_init, kwargs)
-    return ConditionalEquivariantImplicit(field_type, context_type, *nets, **kwargs)
+    return ConditionalEquivariantImplicit.made_by(equivariant_implicit, field_type, context_type, **kwargs)

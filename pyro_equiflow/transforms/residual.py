@@ -12,10 +12,9 @@ from pyro_equiflow.logdet import Estimator
 from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
-from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.solvers import Adjoint, Solver
 from pyro_equiflow.solvers.iteration import OnFailure
-from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
+from pyro_equiflow.transforms.conditional import FamilyOfKind
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
 __all__ = [
@@ -27,7 +26,7 @@ __all__ = [
 
 
 # What the factories say themselves.
-_SET = ("zero_init", "context_type")
+_SET = ("zero_init",)
 
 
 class EquivariantResidual(ContractionTransform):
@@ -116,7 +115,7 @@ class EquivariantResidual(ContractionTransform):
         return [(self.conditioner, True)]
 
 
-class ConditionalEquivariantResidual(ConditionalEquivariantTransform):
+class ConditionalEquivariantResidual(FamilyOfKind):
     r"""Equivariant residual transform given a context, :math:`y = x + F(x, c)`.
 
     As :class:`EquivariantResidual`, with the context joined to :math:`x` in front of the network, which is held below
@@ -138,23 +137,12 @@ class ConditionalEquivariantResidual(ConditionalEquivariantTransform):
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param conditioner: a module between the types of ``EquivariantResidual.conditioner_types(field_type,
+    :param conditioners: a module between the types of ``EquivariantResidual.conditioner_types(field_type,
         context_type=context_type)``.
     :param kwargs: the keywords of :class:`EquivariantResidual`.
     """
 
-    def __init__(
-        self,
-        field_type: enn.FieldType,
-        context_type: enn.FieldType,
-        conditioner: enn.EquivariantModule,
-        **kwargs: Any,
-    ) -> None:
-        validate_field_type(context_type, "context_type")
-        check_keywords(ConditionalEquivariantResidual, kwargs, EquivariantResidual, without=["context_type"])
-        super().__init__(
-            EquivariantResidual(field_type, conditioner, context_type=context_type, **kwargs), context_type
-        )
+    kind = EquivariantResidual
 
 
 def equivariant_residual(
@@ -178,17 +166,12 @@ def equivariant_residual(
     :param kwargs: further keywords of :func:`~pyro_equiflow.nn.lipschitz_net` and of :class:`EquivariantResidual`.
     """
     check_keywords(equivariant_residual, kwargs, lipschitz_net, EquivariantResidual, without=_SET)
-    (net,) = lipschitz_nets(1, field_type, None, hidden_dims, identity_init, kwargs)
+    (net,) = lipschitz_nets(1, field_type, kwargs.get("context_type"), hidden_dims, identity_init, kwargs)
     return EquivariantResidual(field_type, net, **kwargs)
 
 
 def conditional_equivariant_residual(
-    field_type: enn.FieldType,
-    context_type: enn.FieldType,
-    *,
-    hidden_dims: Sequence[int] = (64, 64),
-    identity_init: bool = True,
-    **kwargs: Any,
+    field_type: enn.FieldType, context_type: enn.FieldType, **kwargs: Any
 ) -> ConditionalEquivariantResidual:
     """A :class:`ConditionalEquivariantResidual` with a :func:`~pyro_equiflow.nn.lipschitz_net` as conditioner.
 
@@ -206,11 +189,6 @@ def conditional_equivariant_residual(
 
     :param field_type: how the group acts on the event.
     :param context_type: how the group acts on the context.
-    :param hidden_dims: see :func:`equivariant_residual`.
-    :param identity_init: see :func:`equivariant_residual`.
-    :param kwargs: see :func:`equivariant_residual`.
+    :param kwargs: the keywords of :func:`equivariant_residual`.
     """
-    check_keywords(conditional_equivariant_residual, kwargs, lipschitz_net, EquivariantResidual, without=_SET)
-    validate_field_type(context_type, "context_type")
-    (net,) = lipschitz_nets(1, field_type, context_type, hidden_dims, identity_init, kwargs)
-    return ConditionalEquivariantResidual(field_type, context_type, net, **kwargs)
+    return ConditionalEquivariantResidual.made_by(equivariant_residual, field_type, context_type, **kwargs)
