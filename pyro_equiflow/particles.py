@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
 from pyro_equiflow.ops.representations import probe_elements
 
-__all__ = ["helmert", "particle_permutation", "particle_type"]
+__all__ = ["particle_permutation", "particle_type"]
 
 _TOLERANCE = 1e-6
 

@@ -415,6 +415,7 @@ EXEMPT: dict[str, str] = {
     **dict.fromkeys(("expand", "sample", "rsample", "rsample_augmented", "log_prob", "train"), _PYRO),
     "load_state_dict": _PYRO,
     "set_extra_state": _PYRO,
+    "FamilyOfKind.made_by": "what the conditional factories are, which have lines",
     **dict.fromkeys(("get_posterior", "get_transform", "median", "sample_latent"), "the model's own arguments"),
     **dict.fromkeys(
         ("call_and_ladj", "inverse_and_ladj", "log_abs_det_jacobian", "forward_solution", "inverse_solution", "forward",
@@ -432,4 +433,4 @@ EXEMPT: dict[str, str] = {
 }  # fmt: skip
 
 #: Arguments that are handed on as they are.
-HANDED_ON = {"args", "kwargs", "net_kwargs", "_instance", "point"}
+HANDED_ON = {"args", "conditioners", "kwargs", "net_kwargs", "_instance", "point"}

@@ -109,7 +109,9 @@ def _iaf(kind: enn.FieldType, **options) -> pe.EquivariantTransform:
 
 
 def _spline(factory: Callable[..., pe.EquivariantTransform], kind: enn.FieldType) -> pe.EquivariantTransform:
-    transform = factory(kind, transformer=pe.maps.Spline(bound=2.0, num_bins=4), log_scale_bound=None)
+    transform = factory(
+        kind, transformer=pe.maps.Spline(bound=2.0, num_bins=4, log_scale_bound=1.0), log_scale_bound=None
+    )
     # Steep splines lose digits going back, in float32 more than the tolerance has room for.
     with torch.no_grad():
         for parameter in transform.parameters():

@@ -60,7 +60,7 @@ def arguments(name: str) -> list[str]:
     line = LINES[name]
     own = [p for p in inspect.signature(PUBLIC[name]).parameters if p != "self"]
     further = [p for function in line.through for p in keywords(function) if p not in line.without]
-    return [p for p in dict.fromkeys([*own, *further]) if p not in HANDED_ON]
+    return [p for p in dict.fromkeys([*own, *further, *line.baseline()]) if p not in HANDED_ON]
 
 
 def keywords(function: Any) -> list[str]:

@@ -237,7 +237,7 @@ def test_regular_representations_multiply_few_elements(monkeypatch):
     """One product an element and generator; a table of the group would take 14,400 here, half a minute."""
     from escnn import group
 
-    from pyro_equiflow._escnn import _bases
+    from pyro_equiflow._escnn import bases
     from pyro_equiflow._escnn import elements as _elements
 
     G = group.full_ico_group()
@@ -245,7 +245,7 @@ def test_regular_representations_multiply_few_elements(monkeypatch):
     original = group.GroupElement.__matmul__
     monkeypatch.setattr(_elements, "_walks", {})
     monkeypatch.setattr(group.GroupElement, "__matmul__", lambda g, h: products.append(1) or original(g, h))
-    _, change_of_basis, _ = _bases.build_regular_representation(G)
+    _, change_of_basis, _ = bases.build_regular_representation(G)
     assert len(products) <= 3 * 120 + 3
     monkeypatch.undo()
     np.testing.assert_allclose(change_of_basis @ change_of_basis.T, np.eye(120), atol=1e-12)
@@ -286,9 +286,9 @@ def test_what_is_no_representation_is_refused():
 
 
 def _fit():
-    from pyro_equiflow._escnn import _bases
+    from pyro_equiflow._escnn import bases
 
-    return _bases
+    return bases
 
 
 # Each line of its own would fail, or find irreps in another order, where fewer had been built before.
@@ -432,7 +432,7 @@ before = escnn.group.groups.so3_utils.thomson_sphere.store_backend.location
 import pyro_equiflow._escnn as fit
 after = escnn.group.groups.so3_utils.thomson_sphere.store_backend.location
 assert before != after and after.startswith(fit._memory.location), (before, after)
-assert escnn.group.irrep.decompose_representation_general is fit._bases.decompose_representation_general
+assert escnn.group.irrep.decompose_representation_general is fit.bases.decompose_representation_general
 """
     assert python(code, cache=tmp_path, options=["-W", "error::UserWarning"]) == ""
 
@@ -470,12 +470,12 @@ def test_a_damaged_file_of_the_cache_is_said_in_one_line(tmp_path, damage, caplo
 
 def test_every_patch_misses_loudly():
     """Each name that is replaced, taken away in turn."""
-    from pyro_equiflow._escnn import _bases, _install
+    from pyro_equiflow._escnn import _install, bases
     from pyro_equiflow._escnn import patching as _patching
 
     replaced = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_bases, "replace", lambda owner, name, new: replaced.append((owner, name)))
+        patch.setattr(bases, "replace", lambda owner, name, new: replaced.append((owner, name)))
         patch.setattr(_fit_module(), "replace", lambda owner, name, new: replaced.append((owner, name)))
         patch.setattr(_fit_module(), "_imported_before", False)
         _install()

@@ -8,7 +8,7 @@ from escnn import gspaces
 from escnn.nn.modules.conv import r2convolution, r3convolution
 from escnn.nn.modules.conv.rd_convolution import get_grid_coords
 
-from pyro_equiflow.nn import kernels
+from pyro_equiflow.nn.linear import kernels
 from pyro_equiflow.nn.linear.kernels import kernel_basis
 
 SPACES = {

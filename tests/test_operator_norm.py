@@ -9,7 +9,7 @@ import torch
 from escnn import nn as enn
 
 from pyro_equiflow.nn import SteerableConv, SteerableLinear, expand, weight_norm
-from pyro_equiflow.nn import operator_norm as on
+from pyro_equiflow.nn.lipschitz import operator_norm as on
 from pyro_equiflow.nn.lipschitz.operator_norm import convolution_norm, frequencies, spectral_norm
 from tests.cases import DTYPES, TYPES, field_type, spatial_shape
 

@@ -132,7 +132,7 @@ def test_autocast_does_not_reach_bounds_and_estimators():
     for on in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
             options = {"lipschitz": 0.9, "training": False}
-            numbers = [transform.lipschitz_bound(), pe.nn.operator_norm.spectral_norm(weight)]
+            numbers = [transform.lipschitz_bound(), pe.nn.lipschitz.operator_norm.spectral_norm(weight)]
             for estimator in (logdet.Exact(), logdet.PowerSeries(probes=None), logdet.PowerSeries(probes=3)):
                 numbers.append(estimator(fn, y.flatten(1)[:, :8], (weight / weight.norm(),), **options).value)
             root = pe.solvers.fixed_point(lambda x, w: 1 - fn(x, w), y.flatten(1)[:, :8], (weight,), lipschitz=0.9)[0]
