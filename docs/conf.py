@@ -54,12 +54,12 @@ nitpicky = True
 # Names of other packages are set as code: linking them would need their inventories from the network.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|pyro|escnn|numpy|matplotlib|collections|typing|abc)\..*"),
-    ("py:class", "Tensor|FieldType|Distribution"),
+    ("py:class", "Tensor|FieldType|Distribution|Representation"),
 ]
 
 PUBLIC = {
     getattr(module, name)
-    for module in (pyro_equiflow, pyro_equiflow.nn, pyro_equiflow.solvers, pyro_equiflow.logdet)
+    for module in (pyro_equiflow, pyro_equiflow.maps, pyro_equiflow.nn, pyro_equiflow.solvers, pyro_equiflow.logdet)
     for name in module.__all__
     if isinstance(getattr(module, name), type)
 }

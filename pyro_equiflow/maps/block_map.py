@@ -148,7 +148,7 @@ class BlockMap:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Makes constants for :attr:`blocks`; called once, when the map is bound."""
+        """Makes constants for ``blocks``; called once, when the map is bound."""
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The image of a bound map, and its log-det.
