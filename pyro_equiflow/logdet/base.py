@@ -226,7 +226,7 @@ def range_error(value: Tensor, event_size: int, lipschitz: float) -> Tensor:
 
 
 def rounding_allowance(x: Tensor, lipschitz: float) -> Tensor:
-    r"""Allowance for rounding a sample, :math:`\epsilon D (32 + 4 |x|) / (1 - c)`, shape ``(B,)``.
+    r"""Allowance for rounding per sample, :math:`\epsilon D (32 + 4 |x|) / (1 - c)`, shape ``(B,)``.
 
     By :math:`|d \log\det(I + J)| \le D |dJ| / (1 - c)`: entries of :math:`J` are wrong by some ulp, and, where events
     are long, by what :math:`J` changes over the rounding of what a network adds to them. That is a model, for maps
