@@ -161,7 +161,7 @@ def turning_errors(vae: Autoencoder, x: Tensor, draws: int) -> tuple[float, floa
 
 
 class Run(NamedTuple):
-    """One run: bounds in nats an image on validation and test part, how it went, and the parameters kept."""
+    """One run: bounds in nats per image on validation and test part, how it went, and the parameters kept."""
 
     validation: float
     elbo: float
@@ -305,7 +305,7 @@ def draw(runs: dict[tuple[str, int], Run], args: argparse.Namespace) -> None:
         curve_axis.fill_between(steps, scores.min(0).values, scores.max(0).values, color=color, alpha=0.2, linewidth=0)
         curve_axis.plot(steps, scores.mean(0), line, color=color, label=label, linewidth=1.8)
     best = max(score for run in runs.values() for _, score in run.curve)
-    curve_axis.set(ylim=(best - 40, best + 3), xlabel="step", ylabel="ELBO, nats an image")
+    curve_axis.set(ylim=(best - 40, best + 3), xlabel="step", ylabel="ELBO, nats per image")
     curve_axis.set_title("validation images: mean, range of seeds", fontsize=11)
     curve_axis.legend(fontsize=9, loc="lower right")
     figure.savefig(args.picture)
@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=tuple(arms(False)), default=list(arms(False)))
     parser.add_argument("--posterior", choices=("coupling", "iaf"), default="coupling")
     parser.add_argument("--lr", type=float, help="for every arm, in place of its own")
-    parser.add_argument("--draws", type=int, default=100, help="draws an image, K")
+    parser.add_argument("--draws", type=int, default=100, help="draws per image, K")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--out", type=Path, help="a file that keeps finished runs, and gives them back")

@@ -5,7 +5,7 @@ The data are uniform on eight squares of area 4, so their entropy is 5 bits exac
 average. Published: residual 5.08, implicit 5.05 (Lu et al., *Implicit Normalizing Flows*, arXiv 2103.09527).
 
 Both flows have 8 networks of the same shape (an implicit block has two), sine activations
-:math:`\sin(2 \pi x) / 2 \pi`, and exact log-dets. Data go through ``y = s x`` with a learned scale a channel, which
+:math:`\sin(2 \pi x) / 2 \pi`, and exact log-dets. Data go through ``y = s x`` with a learned scale per channel, which
 starts at ``--scale``: a sine network below a Lipschitz constant makes edges the sharper the larger its input. A learned
 scale (and shift, where the symmetry allows one) follows each block; the last is set by the first batch. The base is the
 standard normal. Adam, learning rate raised over 50 steps and decayed to 0 by a cosine; every batch is fresh. Scored in

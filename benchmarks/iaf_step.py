@@ -4,7 +4,7 @@
 Both are stacks of six in a ``TransformedDistribution``. A step draws, scores its own draws, and takes one Adam step up
 the ELBO of a normal target. Pyro's networks have ReLU, as its factory makes them, and a second time SiLU, as ours have.
 The inverse of one transform, which scores what another flow drew, is timed in passes of its network (a pass: the map
-forward): ours takes one a block, Pyro's one a channel.
+forward): ours takes one per block, Pyro's one per channel.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> None:
         figures = f"{quotient:6.2f} {1.15:8.2f} {1e3 * alike:7.2f} {other:6.2f}"
         print(f"{name:28s} {1e3 * mine:7.2f} {1e3 * theirs:7.2f} {figures}", flush=True)
 
-    print(f"\n{'inverse':28s} {'blocks':>7s} {'ms':>7s} {'passes a block':>15s} {'Pyro, ms':>9s} {'a channel':>10s}")
+    print(f"\n{'inverse':28s} {'blocks':>7s} {'ms':>7s} {'passes per block':>15s} {'Pyro, ms':>9s} {'a channel':>10s}")
     for name, kind in kinds.items():
         transform = equivariant_iaf(kind, hidden_dims=HIDDEN, identity_init=False)
         blocks = len(transform.order)

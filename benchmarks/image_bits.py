@@ -71,7 +71,7 @@ def arms(smoke: bool = False) -> dict[str, Arm]:
 
 
 class Fit(NamedTuple):
-    """One fit: bits a dimension on validation and test images, and how it went.
+    """One fit: bits per dimension on validation and test images, and how it went.
 
     ``turned`` and ``mirrored`` are the largest changes of the log-density in nats under quarter turns, and under
     quarter turns of the mirrored image.
@@ -191,7 +191,7 @@ Fits = dict[tuple[str, int, int], Fit]
 def tables(fits: Fits, args: argparse.Namespace) -> None:
     """Test bits and differences from the first arm; then how soon validation bits are reached, and the symmetry."""
     first = args.arms[0]
-    print(f"\n| images | arm | test bits a dimension | less {first}'s | kept step | CPU s |\n" + 6 * "|---" + "|")
+    print(f"\n| images | arm | test bits per dimension | less {first}'s | kept step | CPU s |\n" + 6 * "|---" + "|")
     for count in args.sizes:
         base = {seed: f for (arm, n, seed), f in fits.items() if (arm, n) == (first, count)}
         for name in args.arms:
@@ -262,14 +262,14 @@ def draw(fits: Fits, args: argparse.Namespace) -> None:
         right.fill_between(steps, found.min(0).values, found.max(0).values, color=color, alpha=0.15, linewidth=0)
         right.plot(steps, found.mean(0), **look)
         shown.append(found.mean(0))
-    left.set(xscale="log", xlabel="training images", ylabel="test bits a dimension", xticks=args.sizes)
+    left.set(xscale="log", xlabel="training images", ylabel="test bits per dimension", xticks=args.sizes)
     left.set_xticklabels(map(str, args.sizes))
     left.minorticks_off()
     left.legend(fontsize=8.5, frameon=False, handlelength=4, loc="upper right")
     left.set_title("test images: mean and standard error", fontsize=10)
     lowest = min(float(scores.min()) for scores in shown)
     start = max(float(scores[len(scores) // 10]) for scores in shown)
-    right.set(xlabel="step", ylabel="validation bits a dimension", ylim=(lowest - 0.02, start), xlim=(0, None))
+    right.set(xlabel="step", ylabel="validation bits per dimension", ylim=(lowest - 0.02, start), xlim=(0, None))
     right.set_title(f"{most} training images: best so far, mean and range", fontsize=10)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

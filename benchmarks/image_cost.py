@@ -212,7 +212,7 @@ def row(label: object, found: Cost) -> str:
 
 def header(name: str) -> str:
     """The head of a table."""
-    columns = f"{name} | ms a step | twin | ratio | with torch's layers | MB a step | twin | lasting MB | twin"
+    columns = f"{name} | ms a step | twin | ratio | with torch's layers | MB per step | twin | lasting MB | twin"
     return f"\n| {columns} |\n" + 9 * "|---" + "|"
 
 
@@ -229,7 +229,7 @@ def draw(tables: dict[str, Table], path: Path) -> None:
         sizes = list(table)
         times = [(c.ours, c.twin) for c in table.values()]
         memories = [(c.our_memory.step, c.twin_memory.step) for c in table.values()]
-        for axis, values, unit in zip(column, (times, memories), ("ms a step", "MB a step")):
+        for axis, values, unit in zip(column, (times, memories), ("ms a step", "MB per step")):
             ours, twin = zip(*values)
             # The twin is drawn wide and underneath: where the curves coincide both are seen.
             axis.plot(sizes, twin, "-s", color="#f0a070", label="plain twin", linewidth=5, markersize=10)

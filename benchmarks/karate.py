@@ -3,7 +3,7 @@
 
 Model, fit and measures are those of ``tutorials/karate.py``: latent positions of 34 members in the plane, a posterior
 that no rotation or reflection changes. Every guide is an ``AutoEquivariantFlow`` under SO(2) with the same number of
-optimizer steps and draws a step; afterwards each is averaged over a reflection, so that it is invariant under O(2).
+optimizer steps and draws per step; afterwards each is averaged over a reflection, so that it is invariant under O(2).
 Residual and implicit flows train on unbiased estimates of the log-det and are scored with exact ones.
 
 ``--picture PATH`` draws every ELBO over the training's seconds.

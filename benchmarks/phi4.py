@@ -22,7 +22,7 @@ All arms have 6 residual blocks of Lipschitz constant 0.995 with one hidden laye
 the same number of parameters (but for "wide") as far as whole channels allow, the same steps, draws and learning rate,
 exact log-dets.
 
-Convolutions on so few sites are done as dense matrices: their Jacobians, one pass a site, cost 30 times less.
+Convolutions on so few sites are done as dense matrices: their Jacobians, one pass per site, cost 30 times less.
 
 ``--picture PATH`` draws learning curves and the magnetisation.
 """
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS)[:3])
     parser.add_argument("--more", action="store_true", help="L = 4 with lambda 6.008 as well, everything built in")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=64, help="draws a step")
+    parser.add_argument("--batch", type=int, default=64, help="draws per step")
     parser.add_argument("--channels", type=int, default=24, help="hidden channels where everything is built in")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--draws", type=int, default=20_000, help="for log Z")

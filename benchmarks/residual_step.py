@@ -198,7 +198,7 @@ def main() -> None:
                 f"{label:40s} {1e3 * a:9.2f} {1e3 * b:11.2f} {quotient:6.2f} {0.3:8.2f}"
                 f"   (true errors {error:.0e}, {found:.0e}; bound {ours.lipschitz_bound():.2f})"
             )
-    print(f"\n{'implicit flow, 6 blocks, exact log-det':40s} {'s a step':>9s}")
+    print(f"\n{'implicit flow, 6 blocks, exact log-det':40s} {'s per step':>9s}")
     for name, field_type in {"plain": plain_type(2), "D_4": vectors(2)}.items():
         for before in (0, warm):
             taken = implicit_step(field_type, before, rounds, args.device)

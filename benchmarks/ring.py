@@ -147,7 +147,7 @@ def evaluate(ring: Ring, flow: torch.nn.Module, draws: int, batch_size: int = 50
 
 
 def plot(path: Path, flows: dict[Ring, dict[str, torch.nn.Module]], side: int = 161) -> None:
-    """Targets in the first column, learned densities beside them, one colour scale a row."""
+    """Targets in the first column, learned densities beside them, one colour scale per row."""
     import matplotlib
 
     matplotlib.use("Agg")

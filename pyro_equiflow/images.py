@@ -49,7 +49,7 @@ def bits_per_dim(
     num_samples: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Bits that a density of pixels needs for images of integers, a dimension.
+    r"""Bits per dimension that a density of pixels needs for images of integers.
 
     A density :math:`p` on :math:`[0, 1]^D` gives an image :math:`k` of :math:`L` levels the probability
 
@@ -73,7 +73,7 @@ def bits_per_dim(
         ``TransformedDistribution`` that ends with ``LogitTransform(...).inv``.
     :param images: integers from 0 to ``num_levels - 1``, shape ``(*batch, *density.event_shape)``.
     :param num_levels: :math:`L`.
-    :param num_samples: draws an image, all scored at once.
+    :param num_samples: draws per image, all scored at once.
     :param dtype: that of the density, by default torch's.
     :return: bits of shape ``batch``, differentiable in the density's parameters.
     :raises TypeError: images that are not of an integer type.

@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("problem", choices=sorted(PROBLEMS))
     parser.add_argument("--kind", default="coupling", help="of equivariant_flow")
     parser.add_argument("--rows", type=int, default=600, help="of data, over all ranks")
-    parser.add_argument("--batch", type=int, default=64, help="rows a rank and step")
+    parser.add_argument("--batch", type=int, default=64, help="rows per rank and step")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -312,7 +312,7 @@ def save_picture(draws: Tensor, network: Network, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of each guide")
-    parser.add_argument("--particles", type=int, default=128, help="draws a step")
+    parser.add_argument("--particles", type=int, default=128, help="draws per step")
     parser.add_argument("--draws", type=int, default=20_000, help="draws behind the table, two thousand at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the table and the picture")

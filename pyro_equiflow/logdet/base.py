@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.dense import dense_jacobian, pulled_jacobian
-from pyro_equiflow.ops.tracing import in_torch_func, vjp
+from pyro_equiflow.ops.tracing import in_torch_func, refuse_dual_numbers, vjp
 
 __all__ = [
     "Estimator",
@@ -142,6 +142,7 @@ def forward_pass(
         _check_output(x, y)
         yield Pass(x, y, (), True, lambda p: pull_back(p)[0], functional=True)
         return
+    refuse_dual_numbers("logdet")
     enabled, given = torch.is_grad_enabled(), x
     with torch.inference_mode(False), torch.enable_grad():
         # Autograd saves no inference tensor; a clone made here is an ordinary one.
@@ -226,7 +227,7 @@ def range_error(value: Tensor, event_size: int, lipschitz: float) -> Tensor:
 
 
 def rounding_allowance(x: Tensor, lipschitz: float) -> Tensor:
-    r"""Allowance for rounding a sample, :math:`\epsilon D (32 + 4 |x|) / (1 - c)`, shape ``(B,)``.
+    r"""Allowance for rounding per sample, :math:`\epsilon D (32 + 4 |x|) / (1 - c)`, shape ``(B,)``.
 
     By :math:`|d \log\det(I + J)| \le D |dJ| / (1 - c)`: entries of :math:`J` are wrong by some ulp, and, where events
     are long, by what :math:`J` changes over the rounding of what a network adds to them. That is a model, for maps

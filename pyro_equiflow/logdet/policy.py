@@ -21,7 +21,7 @@ EXACT_IN_TRAINING = 16
 # Near a constant of 1 roulette needs many terms: at 0.99, with 100 always there, exact took a fifth of its time with 20
 # entries and as long with 64. Beyond the last number the graph of the Jacobian takes too much memory.
 _ENTRIES_PER_TERM, _MOST_EXACT_IN_TRAINING = 0.5, 128
-# One reverse pass an entry without a graph; a Jacobian of 1024 takes 4 MB a sample in float32.
+# One reverse pass per entry without a graph; a Jacobian of 1024 takes 4 MB a sample in float32.
 EXACT_IN_EVALUATION = 1024
 
 
@@ -81,7 +81,7 @@ def default_estimator(event_size: int) -> Estimator:
     follows from :math:`c`, of finite variance whatever the weights become. Outside training always deterministic: exact
     up to 1024 entries, whose error bound is one of rounding only; beyond, a power series with 16 fixed probes, whose
     bound is the range that the Lipschitz constant allows and whose ``stderr`` tells the likely error. For a tight bound
-    there pass ``Exact()`` and pay its cost, one reverse pass an entry.
+    there pass ``Exact()`` and pay its cost, one reverse pass per entry.
 
     Example::
 

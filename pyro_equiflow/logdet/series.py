@@ -261,7 +261,7 @@ class RussianRoulette:
     .. math:: \sum_{k=1}^{m+N} \frac{w_k (-1)^{k+1}}{k} v^\top J^k v, \qquad
         w_k = \frac{1}{P(N \ge k - m)} = (1-p)^{-\max(k-m, 0)}
 
-    with :math:`m` terms always, :math:`N \ge 0` more, geometric, drawn a sample, and a random probe :math:`v`. Its
+    with :math:`m` terms always, :math:`N \ge 0` more, geometric, drawn per sample, and a random probe :math:`v`. Its
     gradient is estimated by the Neumann series, with the same :math:`N` and :math:`v`:
     :math:`\sum_k w_k (-1)^{k+1} v^\top J^{k-1} (dJ) v`. The terms of both are summed in the forward pass; what is kept
     for the backward pass is the graph of one vector-Jacobian product, whatever :math:`N` is, and each sample is

@@ -32,7 +32,7 @@ class Affine(BlockMap):
         >>> equivariant_coupling(vectors, transformer=Affine(log_scale_bound=1.0))(torch.randn(5, 9)).shape
         torch.Size([5, 9])
 
-    :param log_scale_bound: the bound :math:`b`, positive.
+    :param log_scale_bound: the bound :math:`b`, positive; by default a factor of 20 either way in one step.
     :raises TypeError: a bound that is no number.
     :raises ValueError: one that is not positive.
 

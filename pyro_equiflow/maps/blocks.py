@@ -37,7 +37,7 @@ class Block:
 
     @property
     def scales(self) -> tuple[Representation, ...]:
-        """The fields whose values act on the block's: its own for a permutation field, else a trivial one an irrep."""
+        """The fields whose values act on the block's: its own for a permutation field, else a trivial one per irrep."""
         return tuple(
             field if field.size > 1 and is_permutation(field) else field.group.trivial_representation
             for field in self.fields

@@ -122,7 +122,7 @@ class PointwiseNonLinearity(SteerableModule):
 
 
 class FieldGates(SteerableModule):
-    r"""What gates on irreps have in common: the types' layout, and one factor an irrep field.
+    r"""What gates on irreps have in common: the types' layout, and one factor per irrep field.
 
     On a type of scalars :math:`s`, one gate :math:`u_i` an irrep field, and irrep fields :math:`v_i`; subclasses say
     what becomes of the invariants :math:`s`, :math:`u_i`, :math:`|v_i|^2`, and each :math:`v_i` is multiplied by one

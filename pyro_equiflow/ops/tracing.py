@@ -20,6 +20,7 @@ __all__ = [
     "is_of_torch_func",
     "is_traced",
     "outside_torch_func",
+    "refuse_dual_numbers",
     "refuse_records",
     "vjp",
 ]
@@ -90,6 +91,18 @@ def refuse_records(owner: str, *tensors: Tensor) -> None:
         raise NotImplementedError(
             f"{owner}: expected tensors with values, found some {where}: it follows the values of weights and events, "
             "which these do not show; call it outside, on a device that holds numbers"
+        )
+
+
+def refuse_dual_numbers(owner: str) -> None:
+    """Raises within ``torch.autograd.forward_ad.dual_level()``, where a detached tensor has lost its tangent.
+
+    :raises NotImplementedError: naming what was called, and what to do in place of it.
+    """
+    if forward_ad._current_level >= 0 and not in_torch_func():
+        raise NotImplementedError(
+            f"{owner}: expected forward mode by torch.func.jvp or jacfwd, found that of forward_ad.dual_level(), whose "
+            "tangents would be lost on the way: write torch.func.jvp(transform, (x,), (tangent,))"
         )
 
 

@@ -180,7 +180,7 @@ class Solver(ABC):
             is given. Otherwise the tolerance gives way for it as the default one does.
         :param scale: :math:`s` for each sample, shape ``(B,)``: the lengths, summed, of data, contexts and biases that
             :math:`\phi` adds to what it makes of :math:`x`; by default 0.
-        :param max_steps: most evaluations a sample; by default 20 more than twice what the contraction guarantees for
+        :param max_steps: most evaluations per sample; by default 20 more than twice what the contraction guarantees for
             the plain iteration, so that failing means that ``lipschitz`` is no bound or that :math:`\phi`
             rounds coarsely.
         :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that have not converged; the best point seen

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_flag, check_instance
-from pyro_equiflow.ops.tracing import full_precision, in_torch_func, is_traced
+from pyro_equiflow.ops.tracing import full_precision, in_torch_func, is_traced, refuse_dual_numbers
 from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, UnrolledAdjoint
 from pyro_equiflow.solvers.functional import Solve, Task, solve
 from pyro_equiflow.solvers.iteration import (
@@ -105,6 +105,7 @@ def fixed_point(
             "expected plain tensors, found those of torch.compile, torch.export or the like: a solver decides by "
             "values, which these do not show; leave it out of the graph"
         )
+    refuse_dual_numbers("fixed_point")
     check_instance("phi", phi, Callable, "a map (x, *tensors) to x")
     check_batch("x0", x0)
     if solver is not None:

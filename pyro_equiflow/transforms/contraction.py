@@ -131,7 +131,7 @@ class ContractionTransform(Solved, ConditionableTransform):
         :func:`~pyro_equiflow.solvers.fixed_point`). Where contexts and biases are so much longer than an event that
         float64 rounds more coarsely than that, the default gives way up to 4e-4, and what was reached is in
         ``inverse_solution``; a tolerance that was passed does not.
-    :param max_steps: most evaluations a sample.
+    :param max_steps: most evaluations per sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: how the group acts on the context.
     :param cache_size: 0 or 1, see :class:`~pyro_equiflow.EquivariantTransform`.
@@ -193,7 +193,7 @@ class ContractionTransform(Solved, ConditionableTransform):
         return max(conditioner.normalized(spatial_shape).bound for conditioner, _ in self._steps())
 
     def inverse_solution(self, y: Tensor) -> Solution:
-        """The inverse at ``y`` as its solver found it: with certified errors, steps and convergence a sample.
+        """The inverse at ``y`` as its solver found it: with certified errors, steps and convergence per sample.
 
         :param y: shape ``(*batch, C, *spatial)``.
         :return: a :class:`~pyro_equiflow.solvers.Solution` of batch shape ``batch``, no graph.

@@ -45,9 +45,9 @@ class EquivariantIAF(ConditionableTransform):
     (:class:`~pyro_equiflow.nn.MaskedSteerableNet`) gives all :math:`s_i, t_i`, so the Jacobian is block triangular.
     Other maps of the blocks than this affine one are those of :mod:`pyro_equiflow.maps`, by ``transformer``.
 
-    Log-det exact; one pass of the network. Inverse closed form, one block after the other: a pass a block, with weights
-    expanded once, and as many to differentiate it. For density estimation ``Inverse(EquivariantIAF(...))`` is the
-    masked autoregressive flow, which scores data in one pass.
+    Log-det exact; one pass of the network. Inverse closed form, one block after the other: a pass per block, with
+    weights expanded once, and as many to differentiate it. For density estimation ``Inverse(EquivariantIAF(...))`` is
+    the masked autoregressive flow, which scores data in one pass.
 
     Example::
 

@@ -72,7 +72,7 @@ class EquivariantResidual(ContractionTransform):
     :param adjoint: how gradients pass through a solution; by default implicit differentiation.
     :param tolerance: relative certified error of a solution, by default 1e-12 in float64; in float32 5e-6, or less
         where the way back stretches errors.
-    :param max_steps: most evaluations a sample.
+    :param max_steps: most evaluations per sample.
     :param on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` samples that did not converge.
     :param context_type: field type of a context (see :class:`ConditionalEquivariantResidual`).
     :param cache_size: 0 or 1, see :class:`EquivariantTransform`.

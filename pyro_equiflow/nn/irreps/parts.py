@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of irreps held as one tensor an irrep, and the intertwiners between them.
+"""Features of irreps held as one tensor per irrep, and the intertwiners between them.
 
 An intertwiner never mixes different irreps (Schur's lemma), so a linear layer on irreps is several small products of
 matrices and never one large one. Where the endomorphisms of an irrep are the real numbers alone, the free parameters

@@ -21,7 +21,7 @@ from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["LipschitzConditioner", "Normalized"]
 
-# What rounding may add to a product of bounds, relative, a layer.
+# What rounding may add to a product of bounds, relative, per layer: eight units in the last place of float32.
 _ROUNDING = 1e-6
 
 
@@ -264,7 +264,7 @@ def _check_linear(layer: enn.EquivariantModule, context: int) -> None:
         if of_event(noise).abs().max() > 1e-3 * once.abs().max():
             raise ValueError(
                 f"conditioner: expected {type(layer).__name__} to see the event through the first columns of its "
-                f"weight, one a channel, found that the last {context}, the context's, act on it as well; put a "
+                f"weight, one per channel, found that the last {context}, the context's, act on it as well; put a "
                 "SteerableLinear in front"
             )
 

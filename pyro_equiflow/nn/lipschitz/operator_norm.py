@@ -235,12 +235,12 @@ def frequencies(
 ) -> tuple[np.ndarray, float]:
     r"""Frequencies that decide the norm of a convolution, and the factor by which their maximum may fall short.
 
-    Circular padding on :math:`H` points a side: the :math:`H` frequencies a side are exact. Zero padding: the operator
-    is a compression of the circular one on :math:`H + d` points a side. Where those are many, or for every size at
-    once, a coarse grid of :math:`n > 2d` points a side and the factor :math:`1 / \cos(\pi d / n)` a dimension: entries
-    are trigonometric polynomials of degree :math:`d` (M. Riesz; Ehlich and Zeller, *Schwankung von Polynomen zwischen
-    Gitterpunkten*, Math. Z. 86, 1964). Filters are real and, with ``use_symmetry``, steerable by the elements that
-    permute the grid: norms are equal on each orbit of frequencies, and one of each is enough.
+    Circular padding on :math:`H` points per side: the :math:`H` frequencies per side are exact. Zero padding: the
+    operator is a compression of the circular one on :math:`H + d` points per side. Where those are many, or for every
+    size at once, a coarse grid of :math:`n > 2d` points per side and the factor :math:`1 / \cos(\pi d / n)` per
+    dimension: entries are trigonometric polynomials of degree :math:`d` (M. Riesz; Ehlich and Zeller, *Schwankung von
+    Polynomen zwischen Gitterpunkten*, Math. Z. 86, 1964). Filters are real and, with ``use_symmetry``, steerable by the
+    elements that permute the grid: norms are equal on each orbit of frequencies, and one of each is enough.
 
     :param field_type: a type over the base space.
     :param half_width: :math:`d`.

@@ -62,7 +62,7 @@ class MaskedSteerableNet(SteerableModule):
     :param zero_init: whether the last layer starts at zero.
     :ivar weight: the free weights of all layers, one after the other.
     :ivar bias: the free biases of all layers.
-    :raises ValueError: unlike gspaces, not one degree a field, a size that is not positive, an unknown nonlinearity.
+    :raises ValueError: unlike gspaces, not one degree per field, a size that is not positive, an unknown nonlinearity.
 
     References: Germain, Gregor, Murray and Larochelle, *MADE: Masked Autoencoder for Distribution Estimation* (arXiv
     1502.03509), section 4.
@@ -160,7 +160,7 @@ def _spread(
     for layer, names, count in zip(hidden, kinds, counts):
         left = {kind: iter(evenly(list(dict.fromkeys(levels[kind])), count[kind])) for kind in count}
         degrees = [next(left[kind]) for kind in names]
-        # The type of a gate: scalars, one gate a field, the fields; and the lengths take the gates' places.
+        # The type of a gate: scalars, one gate per field, the fields; and the lengths take the gates' places.
         spread.append(degrees + degrees[layer.scalars :] if isinstance(layer, FieldGates) else degrees)
     return spread
 
