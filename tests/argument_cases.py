@@ -243,11 +243,13 @@ LINES: dict[str, Line] = {
     ),
     "conditional_equivariant_implicit": line(
         _REQUIRED, _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,),
-        through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit], without=["zero_init"],
+        through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit],
+        without=(*_NET_SET, "context_type"),
     ),
     "conditional_equivariant_residual": line(
         _REQUIRED, _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, context_type=CONTEXT, hidden_dims=(8,),
-        through=[pe.equivariant_residual, nn.lipschitz_net, pe.EquivariantResidual], without=["zero_init"],
+        through=[pe.equivariant_residual, nn.lipschitz_net, pe.EquivariantResidual],
+        without=(*_NET_SET, "context_type"),
     ),
     "dequantize": line(images=torch.zeros(2, 1, 4, 4, dtype=torch.long)),
     "equivariant_actnorm": line(field_type=VECTORS),
@@ -262,12 +264,14 @@ LINES: dict[str, Line] = {
     "equivariant_iaf": line(field_type=VECTORS, hidden_dims=(8,), through=[nn.MaskedSteerableNet], without=_NET_SET),
     "equivariant_implicit": line(
         _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, hidden_dims=(8,),
-        through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit], without=["zero_init"],
+        through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit],
+        without=(*_NET_SET, "context_type"),
     ),
     "equivariant_linear": line(field_type=VECTORS),
     "equivariant_residual": line(
         _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, hidden_dims=(8,),
-        through=[pe.equivariant_residual, nn.lipschitz_net, pe.EquivariantResidual], without=["zero_init"],
+        through=[pe.equivariant_residual, nn.lipschitz_net, pe.EquivariantResidual],
+        without=(*_NET_SET, "context_type"),
     ),
     "equivariant_squeeze": line(field_type=GRAY),
     "evidence_estimate": line(log_weights=WEIGHTS),

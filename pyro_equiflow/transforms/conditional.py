@@ -21,7 +21,16 @@ from pyro_equiflow.transforms.base import EquivariantTransform, check_finite
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ConditionableTransform", "ConditionalEquivariantTransform", "FamilyOfKind", "with_context_fields"]
+__all__ = [
+    "CONTEXT_TYPE",
+    "ConditionableTransform",
+    "ConditionalEquivariantTransform",
+    "FamilyOfKind",
+    "with_context_fields",
+]
+
+#: The keyword by which conditional factories tell plain ones of a context: what those make alone has none.
+CONTEXT_TYPE = "_context_type"
 
 
 def with_context_fields(field_type: enn.FieldType, context_type: enn.FieldType | None) -> enn.FieldType:
@@ -195,9 +204,9 @@ class FamilyOfKind(ConditionalEquivariantTransform):
         context_type: enn.FieldType,
         **kwargs: Any,
     ) -> Self:
-        """The family of what a factory of the kind makes."""
+        """The family of what a factory of the kind makes, which takes its context's type by :data:`CONTEXT_TYPE`."""
         validate_field_type(context_type, "context_type")
         family = cls.__new__(cls)
-        transform = factory(field_type, context_type=context_type, **kwargs)
+        transform = factory(field_type, **{CONTEXT_TYPE: context_type}, **kwargs)
         ConditionalEquivariantTransform.__init__(family, transform, context_type)
         return family

@@ -21,6 +21,7 @@ from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms.conditional import (
+    CONTEXT_TYPE,
     ConditionableTransform,
     FamilyOfKind,
     with_context_fields,
@@ -239,7 +240,6 @@ def equivariant_coupling(
     transformer: str | BlockMap = "affine",
     log_scale_bound: float | None = None,
     identity_init: bool = True,
-    context_type: enn.FieldType | None = None,
     **net_kwargs: Any,
 ) -> EquivariantCoupling:
     """An :class:`EquivariantCoupling` with a :func:`~pyro_equiflow.nn.steerable_net` as conditioner.
@@ -262,10 +262,9 @@ def equivariant_coupling(
     :param transformer: see :class:`EquivariantCoupling`.
     :param log_scale_bound: see :class:`EquivariantCoupling`.
     :param identity_init: whether the transform starts as the identity.
-    :param context_type: field type of a context, which the transform then waits for: see
-        :func:`conditional_equivariant_coupling`.
     :param net_kwargs: further keywords of :func:`~pyro_equiflow.nn.steerable_net`.
     """
+    context_type = net_kwargs.pop(CONTEXT_TYPE, None)
     check_keywords(equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
     check_flag("identity_init", identity_init)
     chosen = block_map(transformer, log_scale_bound)

@@ -19,6 +19,7 @@ from pyro_equiflow.ops.arguments import check_flag, check_instance, check_intege
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.transforms.conditional import (
+    CONTEXT_TYPE,
     ConditionableTransform,
     FamilyOfKind,
     with_context_fields,
@@ -257,7 +258,6 @@ def equivariant_iaf(
     transformer: str | BlockMap = "affine",
     log_scale_bound: float | None = None,
     identity_init: bool = True,
-    context_type: enn.FieldType | None = None,
     **net_kwargs: Any,
 ) -> EquivariantIAF:
     """An :class:`EquivariantIAF` with a :class:`~pyro_equiflow.nn.MaskedSteerableNet` as conditioner.
@@ -279,10 +279,9 @@ def equivariant_iaf(
     :param transformer: see :class:`EquivariantIAF`.
     :param log_scale_bound: see :class:`EquivariantIAF`.
     :param identity_init: whether the transform starts as the identity.
-    :param context_type: field type of a context, which the transform then waits for: see
-        :func:`conditional_equivariant_iaf`.
     :param net_kwargs: further keywords of :class:`~pyro_equiflow.nn.MaskedSteerableNet`.
     """
+    context_type = net_kwargs.pop(CONTEXT_TYPE, None)
     check_keywords(equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
     check_flag("identity_init", identity_init)
     chosen = block_map(transformer, log_scale_bound)

@@ -15,7 +15,7 @@ from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
 from pyro_equiflow.solvers import Adjoint, Solution, Solver
 from pyro_equiflow.solvers.iteration import OnFailure
-from pyro_equiflow.transforms.conditional import FamilyOfKind
+from pyro_equiflow.transforms.conditional import CONTEXT_TYPE, FamilyOfKind
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 
 # What the factories say themselves.
-_SET = ("zero_init",)
+_SET = ("zero_init", "context_type")
 
 
 class EquivariantImplicit(ContractionTransform):
@@ -168,9 +168,10 @@ def equivariant_implicit(
     :param identity_init: whether the transform starts as the identity.
     :param kwargs: further keywords of :func:`~pyro_equiflow.nn.lipschitz_net` and of :class:`EquivariantImplicit`.
     """
+    context_type = kwargs.pop(CONTEXT_TYPE, None)
     check_keywords(equivariant_implicit, kwargs, lipschitz_net, EquivariantImplicit, without=_SET)
-    nets = lipschitz_nets(2, field_type, kwargs.get("context_type"), hidden_dims, identity_init, kwargs)
-    return EquivariantImplicit(field_type, *nets, **kwargs)
+    nets = lipschitz_nets(2, field_type, context_type, hidden_dims, identity_init, kwargs)
+    return EquivariantImplicit(field_type, *nets, context_type=context_type, **kwargs)
 
 
 def conditional_equivariant_implicit(

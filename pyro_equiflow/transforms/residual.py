@@ -14,7 +14,7 @@ from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
 from pyro_equiflow.solvers import Adjoint, Solver
 from pyro_equiflow.solvers.iteration import OnFailure
-from pyro_equiflow.transforms.conditional import FamilyOfKind
+from pyro_equiflow.transforms.conditional import CONTEXT_TYPE, FamilyOfKind
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 
 
 # What the factories say themselves.
-_SET = ("zero_init",)
+_SET = ("zero_init", "context_type")
 
 
 class EquivariantResidual(ContractionTransform):
@@ -165,9 +165,10 @@ def equivariant_residual(
     :param identity_init: whether the transform starts as the identity.
     :param kwargs: further keywords of :func:`~pyro_equiflow.nn.lipschitz_net` and of :class:`EquivariantResidual`.
     """
+    context_type = kwargs.pop(CONTEXT_TYPE, None)
     check_keywords(equivariant_residual, kwargs, lipschitz_net, EquivariantResidual, without=_SET)
-    (net,) = lipschitz_nets(1, field_type, kwargs.get("context_type"), hidden_dims, identity_init, kwargs)
-    return EquivariantResidual(field_type, net, **kwargs)
+    (net,) = lipschitz_nets(1, field_type, context_type, hidden_dims, identity_init, kwargs)
+    return EquivariantResidual(field_type, net, context_type=context_type, **kwargs)
 
 
 def conditional_equivariant_residual(
