@@ -57,6 +57,11 @@ def in_torch_func() -> bool:
     return _interpreter() is not None
 
 
+def _is_recorded() -> bool:
+    """Whether ``make_fx`` or ``torch.export`` writes down what is computed, or tensors are shapes only."""
+    return _modes() > 0 and any(_mode(key) is not None for key in _RECORDING)
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Whether no value can be looked at, or what follows from one would be recorded as if it held for all.
 
@@ -67,7 +72,7 @@ def is_traced(*tensors: Tensor) -> bool:
         in_torch_func()
         or torch.compiler.is_compiling()
         or _is_jit_tracing()
-        or (_modes() > 0 and any(_mode(key) is not None for key in _RECORDING))
+        or _is_recorded()
         or any(tensor.is_meta for tensor in tensors)
     )
 
@@ -85,7 +90,7 @@ def refuse_records(owner: str, *tensors: Tensor) -> None:
         )
     if torch.compiler.is_compiling() and not _is_exporting():
         return
-    recorded = _modes() > 0 and any(_mode(key) is not None for key in _RECORDING)
+    recorded = _is_recorded()
     if recorded or any(tensor.is_meta for tensor in tensors):
         where = "of torch.export, make_fx or the like" if recorded else "on the device meta"
         raise NotImplementedError(

@@ -113,9 +113,7 @@ class _FixedPoint(torch.autograd.Function):
             _, pull = vjp(lambda x: phi(x, *tensors), x)
             return pull(g)[0] + u
 
-        length = power_of_two(upstreams[0])
-        u = upstreams[0] / length
-        g = length * solve(ctx.task.linear(transposed), u, None, (x, u, *tensors)).value
+        g = _linear_root(ctx.task, transposed, x, upstreams[0], tensors)
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
         _, pull = vjp(lambda *some: phi(x, *_with(tensors, wanted, some)), *(tensors[i] for i in wanted))
         gradients: list[Tensor | None] = [None] * len(tensors)
@@ -144,9 +142,7 @@ class _FixedPoint(torch.autograd.Function):
             tuple(tensors[i] for i in moved),
             tuple(tangents[3 + i] for i in moved),
         )[1]
-        length = power_of_two(u)
-        u = u / length
-        return length * solve(ctx.task.linear(pushed), u, None, (x, u, *tensors)).value
+        return _linear_root(ctx.task, pushed, x, u, tensors)
 
     @staticmethod
     def vmap(
@@ -169,6 +165,13 @@ class _FixedPoint(torch.autograd.Function):
             task = replace(task, problem=_of_members(problem, size, count, weights))
         found = _FixedPoint.apply(task, x0, scale, *folded)
         return tuple(t.unflatten(0, (size, count)) for t in found), (0,) * len(found)
+
+
+def _linear_root(task: Task, phi: Callable[..., Tensor], x: Tensor, u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The root of ``g = phi(g, x, u, *tensors)``, linear in ``g`` and ``u``, to the tolerance relative to ``u``."""
+    length = power_of_two(u)
+    u = u / length
+    return length * solve(task.linear(phi), u, None, (x, u, *tensors)).value
 
 
 def _of_members(problem: Problem, size: int, count: int, in_dims: tuple[int | None, ...]) -> Problem:

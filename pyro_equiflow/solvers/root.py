@@ -131,7 +131,7 @@ def fixed_point(
         return solver.solve(on_rows(problem, tensors), x0, scale=scale, **stopping, **options)
 
     if in_torch_func():
-        wide = None
+        wide = None  # it closes over tensors, which the solver must not see there
         return _functional(problem, x0, scale, tensors, solved, adjoint)
     solution = solved(problem, x0, scale, [t.detach() for t in tensors])
     adjoint = adjoint or (DenseAdjoint() if x0.shape[1:].numel() <= _DENSE else ImplicitAdjoint())
