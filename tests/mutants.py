@@ -43,7 +43,8 @@ TESTS: dict[str, tuple[str, str]] = {
         "test_precision or test_architecture or every_case and (linear-O2] or residual-O2]) "
         "or test_call and (linear or residual) or inverse_is and linear "
         "or torch_func and linear or test_cache and (linear or residual-O2) or with_cache "
-        "or test_errors and (linear or coupling-O2) or nobody or mode_of_the_day or equality or one_default",
+        "or test_errors and (linear or coupling-O2) or nobody or mode_of_the_day or equality or one_default "
+        "or inverse-of-coupling or one_inverse or under_the_inverse",
     ),
     "maps/block_map.py": (
         "transformers transforms pyro_contract properties iaf",
@@ -82,14 +83,12 @@ TESTS: dict[str, tuple[str, str]] = {
         "test_errors and solved or arguments and implicit or implicit-O2] or implicit-C4-plane] or default or identity "
         "or implicit and (nobody or converge or law or bound) or finite_differences and implicit and SO2",
     ),
-    "transforms/inverse.py": (
-        "pyro_contract properties errors cache contraction_pyro",
-        "inverse-of-coupling or with_cache or one_inverse or under_the_inverse or wrong_parts or nobody and backwards",
-    ),
+    "transforms/described.py": ("architecture", "test_architecture"),
     "transforms/linear.py": (
         "transforms pyro_contract properties",
         "test_linear or turns_of_linear or linear-C4] or linear-O2] or linear-SO2] or linear-D3] or linear-C4-plane]",
     ),
+    "transforms/memory.py": ("cache", "test_cache"),
     "transforms/multiscale.py": (
         "images pyro_contract properties registration",
         "level or goes or go_on or multiscale or volumes or default",

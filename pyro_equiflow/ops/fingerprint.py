@@ -38,21 +38,41 @@ class Fingerprint:
 
     :param module: the module.
     :param tensors: further tensors: the input, the output, a context.
-    :param passing: attributes that do not count, because a pass changes them itself.
     """
 
-    __slots__ = ("_grad_enabled", "_marks", "_objects", "_steps", "has_inference_tensors")
+    __slots__ = ("_marks", "_objects", "_steps", "has_inference_tensors")
 
-    def __init__(self, module: torch.nn.Module, tensors: Sequence[Tensor], passing: Sequence[str] = ()) -> None:
+    def __init__(self, module: torch.nn.Module, tensors: Sequence[Tensor]) -> None:
         objects: list[Any] = []
-        found = list(tensors)
-        _walk(module, passing, objects, found, set())
+        found: list[Tensor | None] = list(tensors)
+        parts: list[torch.nn.Module | None] = [module]
+        seen: set[int] = set()
+        # By hand: parameters() and buffers() spend ten times as long on names that nobody wants here.
+        while parts:
+            part = parts.pop()
+            if part is None or id(part) in seen:
+                continue
+            seen.add(id(part))
+            own = vars(part)
+            found += own["_parameters"].values()
+            found += own["_buffers"].values()
+            objects.append(part.training)
+            objects += own.values()
+            # Not the module itself: what its memory holds must not hold it.
+            objects += own["_modules"].values()
+            parts += own["_modules"].values()
         objects += found
         self._objects = objects
         self._steps = _optimizer_steps
+        self._marks: list[tuple[int, int]] = []
         #: Whether a tensor of inference mode is among them: those have no version, so a change would not show.
-        self.has_inference_tensors = any(t.is_inference() for t in found)
-        self._marks = () if self.has_inference_tensors else [(t._version, t.data_ptr()) for t in found]
+        self.has_inference_tensors = False
+        for tensor in found:
+            if tensor is not None:
+                if tensor.is_inference():
+                    self.has_inference_tensors = True
+                else:
+                    self._marks.append((tensor._version, tensor.data_ptr()))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprint):
@@ -65,24 +85,3 @@ class Fingerprint:
         )
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _walk(
-    module: torch.nn.Module, passing: Sequence[str], objects: list[Any], tensors: list[Tensor], seen: set[int]
-) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    # By hand: parameters() and buffers() spend ten times as long on names that nobody wants here.
-    own = vars(module)
-    parameters, buffers, parts = own["_parameters"], own["_buffers"], own["_modules"]
-    tensors += [t for t in parameters.values() if t is not None]
-    tensors += [t for t in buffers.values() if t is not None]
-    objects.append(module.training)
-    if any(name in own for name in passing):
-        own = {name: value for name, value in own.items() if name not in passing}
-    objects += own.values()
-    for part in parts.values():
-        if part is not None:
-            objects.append(part)
-            _walk(part, passing, objects, tensors, seen)

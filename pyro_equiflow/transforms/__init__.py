@@ -2,7 +2,7 @@
 """Transforms that commute with a symmetry group, one a file."""
 
 from pyro_equiflow.transforms.actnorm import EquivariantActNorm, equivariant_actnorm
-from pyro_equiflow.transforms.base import EquivariantTransform
+from pyro_equiflow.transforms.base import EquivariantTransform, Inverse
 from pyro_equiflow.transforms.compose import Compose
 from pyro_equiflow.transforms.conditional import ConditionalEquivariantTransform
 from pyro_equiflow.transforms.coupling import (
@@ -23,7 +23,6 @@ from pyro_equiflow.transforms.implicit import (
     conditional_equivariant_implicit,
     equivariant_implicit,
 )
-from pyro_equiflow.transforms.inverse import Inverse
 from pyro_equiflow.transforms.linear import EquivariantLinear, equivariant_linear
 from pyro_equiflow.transforms.logit import LogitTransform
 from pyro_equiflow.transforms.mean_free import MeanFreePositions

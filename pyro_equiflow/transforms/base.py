@@ -1,50 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common class of all transforms: shapes, checks, the cache, and the way back."""
+"""The common class of all transforms: shapes, checks, the cache, and the way back; a transform run backwards."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyro
 import torch
 from escnn.nn import FieldType
 from pyro.distributions import TransformModule
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyro_equiflow.ops.architecture import decode, described, differences, encode
-from pyro_equiflow.ops.arguments import check_integer
+from pyro_equiflow.ops.arguments import check_instance, check_integer
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.fingerprint import Fingerprint
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.support import real_events
 from pyro_equiflow.ops.tracing import full_precision, is_traced
-from pyro_equiflow.transforms.precision import PrecisionWatch
+from pyro_equiflow.transforms.described import Described
+from pyro_equiflow.transforms.memory import Deferred, Memory
+from pyro_equiflow.transforms.precision import PrecisionWatch, check_finite
 
-__all__ = ["Deferred", "EquivariantTransform", "check_finite"]
-
-_DESCRIPTION = "_extra_state"  # torch's name for what get_extra_state() gives
-_NAMED = 5  # how many rows that are not finite an error names
-
-Deferred = Callable[[], Tensor]
+__all__ = ["Deferred", "EquivariantTransform", "Inverse"]
 
 
-class _Entry(NamedTuple):
-    """One pass: its ends, the forward log-det, which of the two ends was the product, and what it was made of."""
-
-    x: Tensor
-    y: Tensor
-    ladj: Tensor | Deferred
-    product: Tensor
-    grad_enabled: bool
-    made_of: Fingerprint
-
-
-class EquivariantTransform(TransformModule):
+class EquivariantTransform(Described, TransformModule):
     r"""A bijection of events that commutes with a symmetry group, :math:`T(g \cdot x) = g \cdot T(x)`.
 
     Events are plain tensors ``(*batch, C, *spatial)`` with ``C = field_type.size``. A subclass gives two hooks,
@@ -101,8 +83,9 @@ class EquivariantTransform(TransformModule):
         super().__init__(cache_size=check_integer("cache_size", cache_size, 0, 1))
         self.field_type = field_type
         self.out_type = field_type if out_type is None else out_type
-        self._entry: _Entry | None = None
-        self._inverse_ref: weakref.ref | None = None
+        self._event_dim = event_dim(field_type)
+        self.domain = self.codomain = real_events(self._event_dim)
+        self._memory = Memory()
         self._watch, self._inverse_watch = PrecisionWatch("image"), PrecisionWatch("inverse")
 
     @property
@@ -140,16 +123,8 @@ class EquivariantTransform(TransformModule):
     @property
     def event_dim(self) -> int:
         """Dimensions of an event: 1 without a base space, 3 on images, 4 on volumes."""
-        return event_dim(self.field_type)
+        return self._event_dim
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        """Real events."""
-        return real_events(self.event_dim)
-
-    codomain = domain
-
-    @full_precision
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""The image of ``x`` and the log-determinant, in one pass.
 
@@ -159,17 +134,8 @@ class EquivariantTransform(TransformModule):
         :raises TypeError: ``x`` is not a floating tensor of the parameters' dtype and device.
         :raises ValueError: wrong shape, or (with Pyro's validation on) values that are not finite.
         """
-        entry = self._entry
-        if entry is not None and entry.product is entry.x is x and self._answers(entry):
-            return entry.y, self._ladj(entry)
-        self._check(x)
-        y, ladj = self._call_and_ladj(x)
-        y = y.contiguous()  # inside, channels may be outermost in memory
-        self._watch(self, self._call, x, y)
-        self._remember(x, y, ladj, product=y)
-        return y, ladj
+        return self._pass(x, backwards=False, scored=True)
 
-    @full_precision
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         r"""The preimage of ``y`` and the log-determinant of the inverse map, in one pass.
 
@@ -179,59 +145,57 @@ class EquivariantTransform(TransformModule):
         :raises TypeError: as for :meth:`call_and_ladj`.
         :raises ValueError: as for :meth:`call_and_ladj`.
         """
-        entry = self._entry
-        if entry is not None and entry.product is entry.y is y and self._answers(entry):
-            return entry.x, -self._ladj(entry)
-        self._check(y, self.out_type)
-        x, ladj = self._inverse_and_ladj(y)
-        x = x.contiguous()
-        self._inverse_watch(self, self._inverse, y, x)
-        self._remember(x, y, -ladj, product=x)
-        return x, ladj
+        return self._pass(y, backwards=True, scored=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The image of ``x``, shape ``(*batch, C, *spatial)``."""
+        return self._pass(x, backwards=False, scored=False)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._pass(y, backwards=True, scored=False)[0]
 
     @full_precision
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r""":math:`\log|\det \partial y / \partial x|` of shape ``batch``."""
-        entry = self._entry
-        if entry is not None and entry.x is x and entry.y is y and self._answers(entry):
-            return self._ladj(entry)
-        self._check(x)
+        last = self._memory.recall(self, x, y)
+        if last is not None:
+            return last.log_det()
+        self._check(x, self.field_type)
         return self._log_det(x, y)
 
     @full_precision
-    def __call__(self, x: Tensor) -> Tensor:
-        """The image of ``x``, shape ``(*batch, C, *spatial)``."""
-        entry = self._entry
-        if self._scores_at_once() or (entry is not None and entry.product is x):
-            return self.call_and_ladj(x)[0]
-        self._check(x)
-        y, ladj = self._call_deferred(x)
-        y = y.contiguous()
-        self._watch(self, self._call, x, y)
-        self._remember(x, y, ladj, product=y)
-        return y
-
-    def _scores_at_once(self) -> bool:
+    def _pass(self, given: Tensor, *, backwards: bool, scored: bool) -> tuple[Tensor, Any]:
+        """The other end, and where it is ``scored`` the log-det of the way there."""
+        memory = self._memory
+        last = memory.recall(self, None, given) if backwards else memory.recall(self, given, None)
+        if last is not None:
+            end = last.x if backwards else last.y
+            return end, (-last.log_det() if backwards else last.log_det()) if scored else None
+        seen = self._check(given, self.out_type if backwards else self.field_type)
+        kept = seen and self._cache_size > 0
         # A draw that nobody scores needs no log-det, nor does a pass that nobody remembers.
-        return self._cache_size > 0 and torch.is_grad_enabled() and not is_traced()
+        at_once = scored or (kept and torch.is_grad_enabled())
+        ladj: Any
+        if backwards:
+            end, ladj = self._inverse_and_ladj(given) if at_once else self._inverse_deferred(given)
+        else:
+            end, ladj = self._call_and_ladj(given) if at_once else self._call_deferred(given)
+        end = end.contiguous()  # inside, channels may be outermost in memory
+        if seen:
+            watch, function = (self._inverse_watch, self._inverse) if backwards else (self._watch, self._call)
+            watch(self, function, given, end)
+        memory.last = None
+        if kept and backwards:
+            memory.keep(self, end, given, -ladj if at_once else lambda: -ladj(), end)
+        elif kept:
+            memory.keep(self, given, end, ladj, end)
+        return end, ladj
 
     def _call(self, x: Tensor) -> Tensor:
         return self._call_deferred(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self._inverse_deferred(y)[0]
-
-    @full_precision
-    def _inv_call(self, y: Tensor) -> Tensor:
-        entry = self._entry
-        if self._scores_at_once() or (entry is not None and entry.product is y):
-            return self.inverse_and_ladj(y)[0]
-        self._check(y, self.out_type)
-        x, ladj = self._inverse_deferred(y)
-        x = x.contiguous()
-        self._inverse_watch(self, self._inverse, y, x)
-        self._remember(x, y, lambda: -ladj(), product=x)
-        return x
 
     @property
     def sign(self) -> int:
@@ -251,12 +215,8 @@ class EquivariantTransform(TransformModule):
     @property
     def inv(self) -> EquivariantTransform:
         """The inverse, an :class:`~pyro_equiflow.Inverse`: a module whose parameters are this transform's."""
-        inverse = None if self._inverse_ref is None else self._inverse_ref()
-        if inverse is None:
-            from pyro_equiflow.transforms.inverse import Inverse  # which builds on this class
-
-            inverse = Inverse(self)
-        return inverse
+        inverse = None if self._memory.inverse is None else self._memory.inverse()
+        return Inverse(self) if inverse is None else inverse
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of the image of a tensor of this shape: the same, unless a transform says otherwise.
@@ -294,121 +254,120 @@ class EquivariantTransform(TransformModule):
 
     __hash__ = TransformModule.__hash__
 
-    # ---- checks and cache -------------------------------------------------------------------------------------
+    # ---- checks, cache and copies -----------------------------------------------------------------------------
 
-    def _check(self, x: Tensor, field_type: FieldType | None = None) -> None:
+    def _check(self, x: Tensor, field_type: FieldType) -> bool:
+        """Raises unless ``x`` holds events of a type in the parameters' dtype; says whether its values can be seen."""
         parameter = next(self.parameters(), None)
         dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
-        check_event(x, field_type or self.field_type, type(self).__name__, dtype, device)
-        check_finite(x, self.event_dim, type(self).__name__)
+        check_event(x, field_type, type(self).__name__, dtype, device)
+        # Tensors of torch.func and of recordings show no values and, having no storage, no change.
+        seen = not is_traced(x)
+        if seen:
+            check_finite(x, self._event_dim, type(self).__name__)
+        return seen
 
     def _sources(self) -> tuple[Tensor, ...]:
         """Tensors that a pass is made of besides its ends, parameters and buffers."""
         return ()
 
     def _fingerprint(self, x: Tensor, y: Tensor) -> Fingerprint:
-        return Fingerprint(self, (x, y, *self._sources()), ("_entry", "_inverse_ref"))
-
-    def _ladj(self, entry: _Entry) -> Tensor:
-        if isinstance(entry.ladj, Tensor):
-            return entry.ladj
-        ladj = entry.ladj()
-        self._entry = entry._replace(ladj=ladj)
-        return ladj
-
-    def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | Deferred, product: Tensor) -> None:
-        self._entry = None
-        # Tensors of inference mode have no version, those of torch.func no storage: nothing would show a change.
-        if not self._cache_size or is_traced():
-            return
-        made_of = self._fingerprint(x, y)
-        if not made_of.has_inference_tensors:
-            self._entry = _Entry(x, y, ladj, product, torch.is_grad_enabled(), made_of)
-
-    def _answers(self, entry: _Entry) -> bool:
-        """Whether a pass still holds; one that does not is forgotten."""
-        if self._fingerprint(entry.x, entry.y) != entry.made_of:
-            self._entry = None
-            return False
-        # A pass made without a graph cannot answer where gradients are wanted.
-        return entry.grad_enabled or not torch.is_grad_enabled()
-
-    # ---- copies and checkpoints -------------------------------------------------------------------------------
+        return Fingerprint(self, (x, y, *self._sources()))
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        self._entry = None
+        self._memory.last = None
         return super()._apply(fn, *args, **kwargs)
 
     def __copy__(self) -> EquivariantTransform:
-        # Shares everything but the cache; what __getstate__ takes off before pickling stays on.
+        # Shares everything but the memory; what __getstate__ takes off before pickling stays on.
         clone = type(self).__new__(type(self))
-        clone.__dict__.update(self.__dict__, _entry=None, _inverse_ref=None, _inv=None)
+        clone.__dict__.update(self.__dict__, _memory=Memory())
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)
-        return {**self.__dict__, "_entry": None, "_inverse_ref": None, "_inv": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def _architecture(self) -> dict[str, Any]:
-        """What decides, besides the parameters, which map this is: by path of each part its class and settings."""
-        found = described(self, EquivariantTransform)
-        for name in ("tolerance", "max_steps", "on_failure"):  # how closely a map is computed, not which
-            found[""].pop(name, None)
-        return found
-
-    def get_extra_state(self) -> Tensor:
-        """What the transform computes besides its parameters, as bytes of JSON."""
-        return encode(self._architecture())
-
-    def set_extra_state(self, state: Any) -> None:
-        """Nothing: what a checkpoint says of the transform is compared before anything is loaded."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; a checkpoint of a transform that computes something else is refused, unless not ``strict``.
-
-        :raises ValueError: another architecture; nothing is loaded then.
-        """
-        if not strict:
-            state_dict = {name: value for name, value in state_dict.items() if not name.endswith(_DESCRIPTION)}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._check_architecture(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_architecture(self, state_dict: dict[str, Any], prefix: str) -> None:
-        lines = []
-        for name, part in self.named_modules(prefix=prefix.removesuffix(".")):
-            if isinstance(part, EquivariantTransform):
-                at = f"{name}." if name else ""
-                saved = decode(state_dict.get(at + _DESCRIPTION))
-                if saved is not None:
-                    own = decode(part.get_extra_state()) or {}
-                    lines += [f"{at}{line}" for line in differences(own, saved)]
-        if lines:
-            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
-            raise ValueError(
-                f"{type(self).__name__}: expected the checkpoint of a transform that computes the same from its "
-                f"parameters, found another architecture: {'; '.join(lines[:5])}{more}. Build the transform as the one "
-                "that was saved, or load all the same with load_state_dict(..., strict=False)"
-            )
+        return super().__getstate__()
 
 
-def check_finite(x: Tensor, dimensions: int, owner: str) -> None:
-    if not pyro.settings.get("validate_distributions_torch") or is_traced(x):
-        return
-    # The sum is finite only if every term is, and costs a tenth of looking at each.
-    if torch.isfinite(x.detach().sum()):
-        return
-    finite = torch.isfinite(x)
-    if not finite.all():
-        bad = (~finite).flatten(x.dim() - dimensions).any(-1)
-        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist() if row]
-        where = f" (at {', '.join(map(str, rows[:_NAMED]))}{', ...' * (len(rows) > _NAMED)})" if rows else ""
-        raise ValueError(
-            f"{owner}: expected finite values, found NaN or infinity in {int(bad.sum())} of {bad.numel()} samples"
-            f"{where}; an earlier step diverged (try a smaller learning rate) or the data are not clean"
-        )
+class Inverse(EquivariantTransform):
+    """A transform run backwards, as a module that owns it.
+
+    For density estimation put a transform whose inverse is cheap the other way round: ``Inverse(transform)``.
+    Equivariant as the transform is; log-det and costs are the transform's with the directions exchanged.
+
+    Example::
+
+        >>> import torch
+        >>> from escnn import gspaces, group, nn as enn
+        >>> from pyro_equiflow import Inverse, equivariant_iaf
+        >>> space = gspaces.no_base_space(group.o2_group())
+        >>> vectors = enn.FieldType(space, 3 * [space.irrep(1, 1)])
+        >>> maf = Inverse(equivariant_iaf(vectors))
+        >>> x = torch.randn(5, 6)
+        >>> bool(torch.allclose(maf.inv(maf(x)), x, atol=1e-5))
+        True
+
+    :param transform: any :class:`EquivariantTransform`.
+    :raises TypeError: anything else.
+    """
+
+    def __init__(self, transform: EquivariantTransform) -> None:
+        check_instance("transform", transform, EquivariantTransform, "an EquivariantTransform")
+        # Not by the class above: every question for .inv makes one, for which nothing is to be checked or remembered.
+        TransformModule.__init__(self)
+        self.field_type, self.out_type = transform.out_type, transform.field_type
+        self.domain, self.codomain, self._event_dim = transform.codomain, transform.domain, transform._event_dim
+        self._memory = Memory()
+        self.transform = transform
+        memory = transform._memory
+        if memory.inverse is None or memory.inverse() is None:
+            memory.inverse = weakref.ref(self)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform's :meth:`~EquivariantTransform.inverse_and_ladj`, its cache included."""
+        return self.transform.inverse_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform's :meth:`~EquivariantTransform.call_and_ladj`, its cache included."""
+        return self.transform.call_and_ladj(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The preimage of ``x`` under the transform."""
+        return self.transform._inv_call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Minus the transform's."""
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x)
+
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform._call_and_ladj(y)
+
+    def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
+        return self.transform._inverse_deferred(x)
+
+    def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
+        return self.transform._call_deferred(y)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The transform's :meth:`~EquivariantTransform.inverse_shape`."""
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The transform's :meth:`~EquivariantTransform.forward_shape`."""
+        return self.transform.forward_shape(shape)
+
+    @property
+    def inv(self) -> EquivariantTransform:
+        """The transform itself."""
+        return self.transform
+
+    def with_cache(self, cache_size: int = 1) -> EquivariantTransform:
+        """The inverse of the transform with another cache size."""
+        cached = self.transform.with_cache(cache_size)
+        return self if cached is self.transform else Inverse(cached)

@@ -15,8 +15,9 @@ from torch import Tensor
 from pyro_equiflow.ops.arguments import check_instance, check_keywords
 from pyro_equiflow.ops.events import check_event, event_dim
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
-from pyro_equiflow.ops.tracing import full_precision
-from pyro_equiflow.transforms.base import EquivariantTransform, check_finite
+from pyro_equiflow.ops.tracing import full_precision, is_traced
+from pyro_equiflow.transforms.base import EquivariantTransform
+from pyro_equiflow.transforms.precision import check_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -165,7 +166,8 @@ class ConditionalEquivariantTransform(ConditionalTransformModule):
         parameter = next(self.transform.parameters(), None)
         dtype, device = (None, None) if parameter is None else (parameter.dtype, parameter.device)
         check_event(context, self.context_type, owner, dtype, device)
-        check_finite(context, spatial + 1, owner)
+        if not is_traced(context):
+            check_finite(context, spatial + 1, owner)
         conditioned = copy.copy(self.transform)
         # Not by setattr: a context that is a torch.nn.Parameter would join the parameters that all calls share.
         conditioned.__dict__["context"] = context

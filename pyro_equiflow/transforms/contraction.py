@@ -201,6 +201,12 @@ class ContractionTransform(Solved, ConditionableTransform):
         """
         return self._solution(y, self._backwards())
 
+    def _architecture(self) -> dict[str, Any]:
+        found = super()._architecture()
+        for name in ("tolerance", "max_steps", "on_failure"):  # how closely the map is computed, not which
+            found[""].pop(name, None)  # no setting where it is None
+        return found
+
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +255,7 @@ class ContractionTransform(Solved, ConditionableTransform):
     @torch.no_grad()
     def _solution(self, x: Tensor, steps: Sequence[tuple[LipschitzConditioner, bool]]) -> Solution:
         """What the solver says where a transform of one solved step is run."""
-        self._check(x)
+        self._check(x, self.field_type)
         x, context, batch = self._batch(x)
         before: _Pushed | None = None
         for conditioner, forwards in steps:

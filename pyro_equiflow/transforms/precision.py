@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What float32 does not determine is not returned in silence."""
+"""What is not finite is refused, and what float32 does not determine is not returned in silence."""
 
 from __future__ import annotations
 
@@ -14,16 +14,35 @@ from torch import Tensor
 from pyro_equiflow.errors import PrecisionWarning
 from pyro_equiflow.ops.fingerprint import optimizer_steps
 from pyro_equiflow.ops.rounding import rounding_error
-from pyro_equiflow.ops.tracing import is_traced
 from pyro_equiflow.ops.warning import warn_caller
 
-__all__ = ["TOLERANCE", "PrecisionWatch", "Solved"]
+__all__ = ["TOLERANCE", "PrecisionWatch", "Solved", "check_finite"]
 
 #: Relative error of an event beyond which closed transforms say so.
 TOLERANCE = 1e-4
 
 # A look costs two passes: one call in so many where nothing else asks for it.
 _EVERY = 32
+
+_NAMED = 5  # how many rows that are not finite an error names
+
+
+def check_finite(x: Tensor, dimensions: int, owner: str) -> None:
+    """Raises where Pyro's validation is on and values, which can be seen, are not finite."""
+    if not pyro.settings.get("validate_distributions_torch"):
+        return
+    # The sum is finite only if every term is, and costs a tenth of looking at each.
+    if torch.isfinite(x.detach().sum()):
+        return
+    finite = torch.isfinite(x)
+    if not finite.all():
+        bad = (~finite).flatten(x.dim() - dimensions).any(-1)
+        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist() if row]
+        where = f" (at {', '.join(map(str, rows[:_NAMED]))}{', ...' * (len(rows) > _NAMED)})" if rows else ""
+        raise ValueError(
+            f"{owner}: expected finite values, found NaN or infinity in {int(bad.sum())} of {bad.numel()} samples"
+            f"{where}; an earlier step diverged (try a smaller learning rate) or the data are not clean"
+        )
 
 
 class Solved:
@@ -52,15 +71,14 @@ class PrecisionWatch:
 
         :param transform: the :class:`~pyro_equiflow.transforms.base.EquivariantTransform` whose function it is.
         """
-        if not pyro.settings.get("validate_distributions_torch") or is_traced(x):
+        if not pyro.settings.get("validate_distributions_torch") or x.dtype != torch.float32 or not image.numel():
             return
-        if x.dtype != torch.float32 or not image.numel():
-            return
+        if isinstance(transform, Solved):
+            return  # which has a certified error of its own
         reach = float(x.detach().abs().amax())
         if not self._due(transform, image.numel(), reach):
             return
         self._calls, self._largest, self._farthest = 0, max(self._largest, image.numel()), max(self._farthest, reach)
-        # What is solved has a certified error of its own.
         if any(isinstance(part, Solved) for part in transform.modules()):
             return
         error = rounding_error(function, x, transform.event_dim, image=image)
@@ -79,7 +97,7 @@ class PrecisionWatch:
     def _due(self, transform: torch.nn.Module, size: int, reach: float) -> bool:
         self._calls += 1
         if not torch.is_grad_enabled():
-            made_of = (optimizer_steps(), *(0 if p.is_inference() else p._version for p in transform.parameters()))
+            made_of = (optimizer_steps(), *[0 if p.is_inference() else p._version for p in transform.parameters()])
             if made_of != self._made_of:
                 self._made_of, self._largest, self._farthest = made_of, 0, 0.0
             elif self._wanting:
