@@ -111,6 +111,7 @@ TESTS: dict[str, tuple[str, str]] = {
         "solvers contraction_gradients",
         "adjoint or grad or derivative or backward or differences and C4] and inverse",
     ),
+    "solvers/checks.py": ("solvers arguments", "test_solvers and not memory or arguments and (fixed_point or olve)"),
     "solvers/functional.py": (
         "torch_func",
         "closed_form or small_upstreams or hidden or failures or a_sample and implicit or hessians and implicit",

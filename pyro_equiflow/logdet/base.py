@@ -190,18 +190,22 @@ def _by_autograd(y: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _closed_over(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Leaves of ``y``'s graph not reached through ``inputs``: a module that is not expanded holds its parameters."""
-    seen = {t.grad_fn for t in inputs} | {None}
-    leaves = []
-    open_nodes = [y.grad_fn]
+    given: set[int] = set()
+    seen: set[torch.autograd.graph.Node | None] = set()
+    leaves, open_nodes = [], [y.grad_fn]
+    for tensor in inputs:
+        given.add(id(tensor))
+        seen.add(tensor.grad_fn)
     while open_nodes:
         node = open_nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and all(leaf is not t for t in inputs):
+        if leaf is not None and id(leaf) not in given:
             leaves.append(leaf)
-        open_nodes.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            open_nodes.append(following)
     return tuple(leaves)
 
 

@@ -15,16 +15,8 @@ from torch import Tensor
 from pyro_equiflow.ops.arguments import check_instance, check_integer, set_fields
 from pyro_equiflow.ops.dense import dense_jacobian, solve_definite
 from pyro_equiflow.ops.tracing import full_precision
-from pyro_equiflow.solvers.iteration import (
-    Map,
-    OnFailure,
-    Solver,
-    check_batch,
-    check_contraction,
-    check_stopping,
-    power_of_two,
-    take,
-)
+from pyro_equiflow.solvers.checks import OnFailure, check_batch, check_contraction, check_stopping
+from pyro_equiflow.solvers.iteration import Map, Solution, Solver, power_of_two
 from pyro_equiflow.solvers.methods import Anderson
 from pyro_equiflow.solvers.problem import Problem, per_sample
 
@@ -152,15 +144,15 @@ class ImplicitAdjoint(_AtTheRoot):
         upstream = linear.upstream
         length = power_of_two(upstream)
         scaled = upstream / length
-        solution = self.solver.solve(
-            _transposed(linear._replace(upstream=scaled)),
-            scaled,
-            lipschitz=linear.problem.lipschitz,
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-            on_failure=self.on_failure,
+        phi = _Transposed(linear._replace(upstream=scaled))
+        return length * self._solved(phi, scaled, linear.problem.lipschitz).value
+
+    def _solved(self, phi: Map, upstream: Tensor, lipschitz: float) -> Solution:
+        """What the solver finds of a linear system, all of whose settings were checked."""
+        strict = self.tolerance is not None
+        return self.solver._iterate(
+            phi, upstream, lipschitz, self.tolerance, strict, None, self.max_steps, self.on_failure
         )
-        return length * solution.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,34 +243,44 @@ def _check_attached(phi: object, value: Tensor, lipschitz: float, jacobian: obje
     check_instance("jacobian", jacobian, Callable, "a function without arguments")
 
 
-def _transposed(linear: _Linear) -> Map:
-    r"""The map :math:`g \mapsto J^\top g + u`.
+class _Transposed:
+    r"""The map :math:`g \mapsto J^\top g + u` of a linear system, in the form that solvers take.
 
-    A graph serves until half of its samples have left: pulling zeros back through those costs less than another
-    evaluation.
+    The graph of an evaluation serves until half of its samples have left: pulling zeros back through those costs less
+    than another evaluation.
     """
-    _, leaves, x, image, upstream = linear
-    held: Tensor | None = None
-    last: tuple[Tensor | None, Tensor | None, Tensor] = (None, None, upstream)
 
-    def phi(g: Tensor, index: Tensor | None) -> Tensor:
-        nonlocal x, image, held, last
-        if index is not None and index is not last[0]:
-            if 2 * len(index) <= len(x):
-                with torch.enable_grad():
-                    x = take(linear.x.detach(), index).requires_grad_()
-                    image = linear.problem.phi(x, *linear.problem.rows([t.detach() for t in leaves], index))
-                held = index
-            # Active samples keep their order, so those that the graph holds are sorted.
-            within = index if held is None else torch.searchsorted(held, index)
-            last = (index, within if len(within) < len(x) else None, take(upstream, index))
-        _, places, u = last
-        if places is None:
-            return _pull_back(image, x, g, create_graph=False, retain_graph=True) + u
-        spread = torch.zeros_like(x).index_copy_(0, places, g)
-        return take(_pull_back(image, x, spread, create_graph=False, retain_graph=True), places) + u
+    def __init__(self, linear: _Linear) -> None:
+        self._linear = linear
+        # The graph in use, and which samples it holds: None for all.
+        self._x, self._image = linear.x, linear.image
+        self._held: Tensor | None = None
+        # The active samples, their part of u, and where they stand in the graph: None where they are all of it.
+        self._index: Tensor | None = None
+        self._upstream = linear.upstream
+        self._places: Tensor | None = None
 
-    return phi
+    def __call__(self, g: Tensor, index: Tensor | None) -> Tensor:
+        if index is not None and index is not self._index:
+            self._keep(index)
+        x, places = self._x, self._places
+        spread = g if places is None else torch.zeros_like(x).index_copy_(0, places, g)
+        pulled = _pull_back(self._image, x, spread, create_graph=False, retain_graph=True)
+        return (pulled if places is None else pulled.index_select(0, places)) + self._upstream
+
+    def _keep(self, index: Tensor) -> None:
+        """Leaves out all samples but these."""
+        linear = self._linear
+        if 2 * len(index) <= len(self._x):
+            with torch.enable_grad():
+                self._x = linear.x.detach().index_select(0, index).requires_grad_()
+                rows = linear.problem.rows([t.detach() for t in linear.leaves], index)
+                self._image = linear.problem.phi(self._x, *rows)
+            self._held = index
+        # Active samples keep their order, so those that the graph holds are sorted.
+        places = index if self._held is None else torch.searchsorted(self._held, index)
+        self._places = places if len(places) < len(self._x) else None
+        self._index, self._upstream = index, linear.upstream.index_select(0, index)
 
 
 def _pull_back(image: Tensor, x: Tensor, g: Tensor, **graph: bool) -> Tensor:

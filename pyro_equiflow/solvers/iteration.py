@@ -7,41 +7,27 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_equiflow.errors import ConvergenceError
-from pyro_equiflow.ops.arguments import (
-    check_choice,
-    check_dtype,
-    check_flag,
-    check_instance,
-    check_integer,
-    check_number,
-    set_fields,
-)
+from pyro_equiflow.ops.arguments import check_dtype, check_instance, check_number, set_fields
 from pyro_equiflow.ops.warning import warn_caller
+from pyro_equiflow.solvers.checks import OnFailure, check_batch, check_certificate, check_contraction, check_stopping
 
 __all__ = [
     "Map",
-    "OnFailure",
     "Proposals",
     "Solution",
     "Solver",
-    "check_batch",
-    "check_contraction",
-    "check_stopping",
     "event_norm",
     "power_of_two",
     "report",
-    "take",
 ]
 
 Map = Callable[[Tensor, "Tensor | None"], Tensor]
-OnFailure = Literal["raise", "warn", "ignore"]
-
 
 # Up to where the default tolerance gives way to what rounding leaves, relative.
 _COARSEST = 1e-4
@@ -74,7 +60,7 @@ class Solution(NamedTuple):
 
 def event_norm(x: Tensor) -> Tensor:
     """2-norm over all but the first dimension, in float64: squares of small float32 numbers would vanish."""
-    return torch.linalg.vector_norm(_flat(x), dim=1, dtype=torch.float64)
+    return torch.linalg.vector_norm(x if x.dim() == 2 else _flat(x), dim=1, dtype=torch.float64)
 
 
 def power_of_two(u: Tensor) -> Tensor:
@@ -87,11 +73,6 @@ def power_of_two(u: Tensor) -> Tensor:
     exponent = torch.where(largest > 0, largest, 1.0).log2().floor()
     limit = 120 if u.dtype == torch.float32 else 1000
     return torch.exp2(exponent.clamp(-limit, limit)).to(u.dtype).reshape(-1, *(1 for _ in u.shape[1:]))
-
-
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """``x[rows]`` for indices of rows, in half the time on small tensors."""
-    return x.index_select(0, rows)
 
 
 class Proposals(Protocol):
@@ -155,7 +136,6 @@ class Solver(ABC):
         """How far above what rounding leaves the default tolerance has to stay for the iteration to get there."""
         return 4.0
 
-    @torch.no_grad()
     def solve(
         self,
         phi: Map,
@@ -192,13 +172,40 @@ class Solver(ABC):
 
         References: Banach's fixed-point theorem; Behrmann et al., *Invertible residual networks* (arXiv 1811.00995).
         """
+        check_instance("phi", phi, Callable, "a map (x, index) to x")
+        check_batch("x0", x0)
+        check_contraction(lipschitz)
+        check_stopping(tolerance, max_steps, on_failure)
         strict = check_certificate(strict, scale, x0, tolerance)
-        tolerance = self._check(phi, x0, lipschitz, tolerance, max_steps, on_failure)
-        slack = self.rounding * torch.finfo(x0.dtype).eps
+        return self._iterate(phi, x0, lipschitz, tolerance, strict, scale, max_steps, on_failure)
+
+    @torch.no_grad()
+    def _iterate(
+        self,
+        phi: Map,
+        x0: Tensor,
+        lipschitz: float,
+        tolerance: float | None,
+        strict: bool,
+        scale: Tensor | None,
+        max_steps: int | None,
+        on_failure: OnFailure,
+    ) -> Solution:
+        """As :meth:`solve`, of arguments that have been checked."""
+        slack, headroom = self.rounding * torch.finfo(x0.dtype).eps, self._headroom(lipschitz)
+        if tolerance is None:
+            tolerance = self._default_tolerance(x0.dtype, lipschitz)
+        elif not slack / (1 - lipschitz) < tolerance:
+            raise ValueError(
+                f"tolerance: expected above {slack / (1 - lipschitz):.1e}, which is what rounding leaves in {x0.dtype} "
+                f"with lipschitz={lipschitz:g}, found {tolerance!r}: raise it or use float64"
+            )
+        _check_finite("x0: expected finite values", x0)
         x = _flat(x0.detach())
         total = len(x)
         value = x.clone()
-        relative, residual = (x.new_full((total,), math.inf, dtype=torch.float64) for _ in range(2))
+        relative = x.new_full((total,), math.inf, dtype=torch.float64)
+        residual = relative.clone()
         steps = torch.zeros(total, dtype=torch.long, device=x.device)
         active = torch.arange(total, device=x.device)
         added = torch.zeros_like(relative) if scale is None else slack * scale.detach().to(relative)
@@ -230,29 +237,29 @@ class Solver(ABC):
             if scale is not None:
                 # What rounding leaves more to is as near as more steps would come.
                 left = (added / size + slack) / (1 - lipschitz)
-                leaving |= (measured <= self._headroom(lipschitz) * left) & (not strict or left >= tolerance)
+                leaving |= (measured <= headroom * left) & (not strict or left >= tolerance)
             if step >= limit:
                 leaving = torch.ones_like(leaving)
             if leaving.any():
-                out = leaving.nonzero()[:, 0]
-                gone = take(active, out)
-                value.index_copy_(0, gone, take(best, out))
-                relative.index_copy_(0, gone, take(best_relative, out))
-                residual.index_copy_(0, gone, take(best_residual, out))
+                out = leaving.nonzero()[:, 0]  # and index_select: half the time of masks on small tensors
+                gone = active.index_select(0, out)
+                value.index_copy_(0, gone, best.index_select(0, out))
+                relative.index_copy_(0, gone, best_relative.index_select(0, out))
+                residual.index_copy_(0, gone, best_residual.index_select(0, out))
                 steps.index_fill_(0, gone, step)
                 if len(out) == len(active):
                     break
                 rows = (~leaving).nonzero()[:, 0]
-                active, added, best, best_relative, best_residual, x, f, found = (
-                    take(t, rows) for t in (active, added, best, best_relative, best_residual, x, f, found)
-                )
+                active, added, best, best_relative, best_residual, x, f, found = [
+                    t.index_select(0, rows) for t in (active, added, best, best_relative, best_residual, x, f, found)
+                ]
                 proposals.keep(rows)
             x = proposals.propose(x, f, found)
         size = event_norm(value).clamp(min=1)
         converged = relative <= tolerance
         if not strict:
             left = (all_added / size + slack) / (1 - lipschitz)
-            converged |= (relative <= self._headroom(lipschitz) * left) & (left <= _COARSEST)
+            converged |= (relative <= headroom * left) & (left <= _COARSEST)
         solution = Solution(value.reshape(x0.shape), relative * size, residual, converged, steps)
         report(solution, tolerance, lipschitz, on_failure)
         return solution
@@ -261,76 +268,11 @@ class Solver(ABC):
         """The relative certified error that is asked for where none is given, see :meth:`solve`."""
         check_dtype("dtype", dtype)
         check_contraction(lipschitz)
+        return self._default_tolerance(dtype, lipschitz)
+
+    def _default_tolerance(self, dtype: torch.dtype, lipschitz: float) -> float:
         floor = max(self.rounding, 1.0) * torch.finfo(dtype).eps / (1 - lipschitz)
         return max(1e-12, self._headroom(lipschitz) * floor)
-
-    def _check(
-        self, phi: Map, x0: Tensor, lipschitz: float, tolerance: float | None, max_steps: int | None, on_failure: str
-    ) -> float:
-        check_instance("phi", phi, Callable, "a map (x, index) to x")
-        check_batch("x0", x0)
-        check_contraction(lipschitz)
-        check_stopping(tolerance, max_steps, on_failure)
-        floor = self.rounding * torch.finfo(x0.dtype).eps / (1 - lipschitz)
-        if tolerance is None:
-            tolerance = self.default_tolerance(x0.dtype, lipschitz)
-        elif not floor < tolerance:
-            raise ValueError(
-                f"tolerance: expected above {floor:.1e}, which is what rounding leaves in {x0.dtype} with "
-                f"lipschitz={lipschitz:g}, found {tolerance!r}: raise it or use float64"
-            )
-        finite = torch.isfinite(_flat(x0)).all(dim=1)
-        if not finite.all():
-            raise ValueError(f"x0: expected finite values, found {_count(~finite)} that are not")
-        return tolerance
-
-
-def check_batch(name: str, x: Tensor) -> None:
-    """Raises unless ``x`` is a batch of events that a solver works on.
-
-    :raises TypeError: not a tensor.
-    :raises ValueError: of another dtype, or without a batch dimension.
-    """
-    check_instance(name, x, Tensor, "a torch.Tensor")
-    if x.dim() < 1 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{name}: expected float32 or float64 of shape (B, *event), found {x.dtype} of {tuple(x.shape)}"
-        )
-
-
-def check_certificate(strict: bool | None, scale: Tensor | None, x0: Tensor, tolerance: float | None) -> bool:
-    """Whether the tolerance is strict, see :meth:`Solver.solve`.
-
-    :raises TypeError: ``strict`` is no flag, ``scale`` no tensor.
-    :raises ValueError: ``scale`` without a number for each sample.
-    """
-    check_batch("x0", x0)
-    if scale is not None:
-        check_instance("scale", scale, Tensor, "a torch.Tensor or None")
-        if scale.shape != x0.shape[:1] or not scale.is_floating_point():
-            raise ValueError(
-                f"scale: expected a floating-point number for each of {len(x0)} samples, found {scale.dtype} of "
-                f"{tuple(scale.shape)}"
-            )
-    return tolerance is not None if strict is None else check_flag("strict", strict, also="None")
-
-
-def check_contraction(lipschitz: float) -> float:
-    """A Lipschitz bound in [0, 1)."""
-    return check_number("lipschitz", lipschitz, "[0, 1)", remedy="only a contraction is solved")
-
-
-def check_stopping(tolerance: float | None, max_steps: int | None, on_failure: str) -> None:
-    """Raises unless a solver can stop by these.
-
-    :raises TypeError: one of another type.
-    :raises ValueError: one out of range.
-    """
-    if tolerance is not None:
-        check_number("tolerance", tolerance, "(0, inf)", also="None")
-    if max_steps is not None:
-        check_integer("max_steps", max_steps, 1, also="None")
-    check_choice("on_failure", on_failure, get_args(OnFailure))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -346,11 +288,13 @@ def _check_image(image: Tensor, x0: Tensor) -> None:
         raise ValueError(
             f"phi: expected {x0.dtype} of shape {tuple(x0.shape)} as x0, found {image.dtype} of {tuple(image.shape)}"
         )
-    finite = torch.isfinite(_flat(image)).all(dim=1)
+    _check_finite("phi: expected finite values at x0", image, ": look at the weights")
+
+
+def _check_finite(expected: str, x: Tensor, remedy: str = "") -> None:
+    finite = torch.isfinite(_flat(x)).all(dim=1)
     if not finite.all():
-        raise ValueError(
-            f"phi: expected finite values at x0, found {_count(~finite)} that are not: look at the weights"
-        )
+        raise ValueError(f"{expected}, found {_count(~finite)} that are not{remedy}")
 
 
 def report(solution: Solution, tolerance: float, lipschitz: float, on_failure: OnFailure) -> None:

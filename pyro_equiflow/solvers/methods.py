@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_integer, check_number, set_fields
 from pyro_equiflow.ops.dense import solve_definite
-from pyro_equiflow.solvers.iteration import Proposals, Solver, take
+from pyro_equiflow.solvers.iteration import Proposals, Solver
 
 __all__ = ["Anderson", "FixedPoint"]
 
@@ -108,7 +108,8 @@ class _Mixed:
 
     def keep(self, rows: Tensor) -> None:
         self._state, self._delta_f, self._delta_r = (
-            [take(tensor, rows) for tensor in tensors] for tensors in (self._state, self._delta_f, self._delta_r)
+            [tensor.index_select(0, rows) for tensor in tensors]
+            for tensors in (self._state, self._delta_f, self._delta_r)
         )
 
     def propose(self, x: Tensor, f: Tensor, residual: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_items
-from pyro_equiflow.solvers.iteration import Map, take
 
-__all__ = ["Problem", "on_rows", "per_sample"]
+__all__ = ["OnRows", "Problem", "per_sample"]
 
 
 class Problem(NamedTuple):
@@ -30,7 +29,7 @@ class Problem(NamedTuple):
     def rows(self, tensors: Sequence[Tensor], index: Tensor | None) -> list[Tensor]:
         if index is None:
             return list(tensors)
-        return [take(t, index) if per_sample else t for t, per_sample in zip(tensors, self.batched)]
+        return [t.index_select(0, index) if per_sample else t for t, per_sample in zip(tensors, self.batched)]
 
 
 def per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Tensor) -> tuple[bool, ...]:
@@ -50,22 +49,28 @@ def per_sample(tensors: Sequence[Tensor], batched: Sequence[bool] | None, x: Ten
     return flags
 
 
-def on_rows(problem: Problem, tensors: Sequence[Tensor]) -> Map:
-    """The map in the form solvers take; rows are taken once for each set of active samples."""
-    last: tuple[Tensor | None, list[Tensor]] = (None, list(tensors))
-    full: Tensor | None = None
+class OnRows:
+    """A problem's map in the form that solvers take, ``(x, index)``.
 
-    def phi(x: Tensor, index: Tensor | None) -> Tensor:
-        nonlocal last
-        if index is not last[0]:
-            last = (index, problem.rows(tensors, index))
-        return problem.phi(x, *last[1])
+    Rows of tensors are taken once for each set of active samples. Where the map takes all rows or none, samples that
+    have left stay where they were seen last.
 
-    def phi_of_all(x: Tensor, index: Tensor | None) -> Tensor:
-        # Samples that have left stay where they were seen last.
-        nonlocal full
-        full = x if index is None or full is None else full.index_copy(0, index, x)
-        image = problem.phi(full, *tensors)
-        return image if index is None else take(image, index)
+    :param problem: the map.
+    :param tensors: what it depends on.
+    """
 
-    return phi_of_all if problem.whole else phi
+    def __init__(self, problem: Problem, tensors: Sequence[Tensor]) -> None:
+        self._problem, self._tensors = problem, tensors
+        self._index: Tensor | None = None
+        self._active = list(tensors)  # the rows of index
+        self._full: Tensor | None = None  # every sample where it was seen last, of a map that takes all
+
+    def __call__(self, x: Tensor, index: Tensor | None) -> Tensor:
+        problem = self._problem
+        if problem.whole:
+            self._full = x if index is None or self._full is None else self._full.index_copy(0, index, x)
+            image = problem.phi(self._full, *self._tensors)
+            return image if index is None else image.index_select(0, index)
+        if index is not self._index:
+            self._index, self._active = index, problem.rows(self._tensors, index)
+        return problem.phi(x, *self._active)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +11,11 @@ from torch import Tensor
 from pyro_equiflow.ops.arguments import check_flag, check_instance
 from pyro_equiflow.ops.tracing import full_precision, in_torch_func, is_traced, refuse_dual_numbers
 from pyro_equiflow.solvers.adjoint import Adjoint, DenseAdjoint, ImplicitAdjoint, UnrolledAdjoint
+from pyro_equiflow.solvers.checks import OnFailure, check_batch, check_certificate, check_contraction, check_stopping
 from pyro_equiflow.solvers.functional import Solve, Task, solve
-from pyro_equiflow.solvers.iteration import (
-    OnFailure,
-    Solution,
-    Solver,
-    check_batch,
-    check_certificate,
-    check_contraction,
-    check_stopping,
-    event_norm,
-    report,
-    take,
-)
+from pyro_equiflow.solvers.iteration import Solution, Solver, event_norm, report
 from pyro_equiflow.solvers.methods import Anderson
-from pyro_equiflow.solvers.problem import Problem, on_rows, per_sample
+from pyro_equiflow.solvers.problem import OnRows, Problem, per_sample
 
 __all__ = ["fixed_point"]
 
@@ -119,16 +108,15 @@ def fixed_point(
     strict = check_certificate(strict, scale, x0, tolerance)
     problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz))
     solver = solver or Anderson()
-    options: dict[str, Any] = {"lipschitz": lipschitz, "max_steps": max_steps}
 
     def solved(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
         if refine and x0.dtype == torch.float32:
             asked = _REFINED if tolerance is None else tolerance
-            solution = _refined(problem, solver, x0, tensors, wide, asked, strict, scale, options)
+            solution = _refined(problem, solver, x0, tensors, wide, asked, strict, scale, max_steps)
             report(solution, asked, lipschitz, on_failure)
             return solution
-        stopping: dict[str, Any] = {"tolerance": tolerance, "strict": strict, "on_failure": on_failure}
-        return solver.solve(on_rows(problem, tensors), x0, scale=scale, **stopping, **options)
+        phi = OnRows(problem, tensors)
+        return solver._iterate(phi, x0, lipschitz, tolerance, strict, scale, max_steps, on_failure)
 
     if in_torch_func():
         wide = None  # it closes over tensors, which the solver must not see there
@@ -151,14 +139,7 @@ def _functional(
     by = adjoint if isinstance(adjoint, ImplicitAdjoint) else ImplicitAdjoint()
 
     def solve_linear(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
-        return by.solver.solve(
-            on_rows(problem, tensors),
-            x0,
-            lipschitz=problem.lipschitz,
-            tolerance=by.tolerance,
-            max_steps=by.max_steps,
-            on_failure=by.on_failure,
-        )
+        return by._solved(OnRows(problem, tensors), x0, problem.lipschitz)
 
     solution = solve(Task(problem, solved, solve_linear), x0, scale, tensors)
     value, known = solution.value, solution._replace(value=solution.value.detach())
@@ -176,7 +157,7 @@ def _refined(
     tolerance: float,
     strict: bool,
     scale: Tensor | None,
-    options: dict[str, Any],
+    max_steps: int | None,
 ) -> Solution:
     rounding = torch.finfo(x0.dtype).eps / 2
     if not tolerance > 2 * rounding:
@@ -184,30 +165,19 @@ def _refined(
             f"tolerance: expected above {2 * rounding:.1e}, twice what rounding to {x0.dtype} leaves, found "
             f"{tolerance!r}: raise it or use float64"
         )
-    first = solver.solve(
-        on_rows(problem, tensors),
-        x0,
-        tolerance=max(tolerance, solver.default_tolerance(x0.dtype, problem.lipschitz)),
-        strict=False,
-        scale=scale,
-        on_failure="ignore",
-        **options,
-    )
+    lipschitz = problem.lipschitz
+    first_tolerance = max(tolerance, solver._default_tolerance(x0.dtype, lipschitz))
+    phi = OnRows(problem, tensors)
+    first = solver._iterate(phi, x0, lipschitz, first_tolerance, False, scale, max_steps, "ignore")
     converged = first.error <= tolerance * event_norm(first.value).clamp(min=1)
     if converged.all():
         return first._replace(converged=converged)
     rows = (torch.ones_like(converged) if problem.whole else ~converged).nonzero()[:, 0]
     known = tensors if wide is None else wide()
     cast = [t.double() if t.is_floating_point() else t for t in problem.rows(known, rows)]
-    further = solver.solve(
-        on_rows(problem, cast),
-        take(first.value, rows).double(),
-        tolerance=tolerance - rounding,
-        strict=strict,
-        scale=None if scale is None else take(scale, rows),
-        on_failure="ignore",
-        **options,
-    )
+    start, scale = first.value.index_select(0, rows).double(), None if scale is None else scale.index_select(0, rows)
+    phi = OnRows(problem, cast)
+    further = solver._iterate(phi, start, lipschitz, tolerance - rounding, strict, scale, max_steps, "ignore")
     return Solution(
         first.value.index_copy(0, rows, further.value.to(x0.dtype)),
         first.error.index_copy(0, rows, further.error + rounding * event_norm(further.value)),

@@ -323,20 +323,8 @@ class Inverse(EquivariantTransform):
         if memory.inverse is None or memory.inverse() is None:
             memory.inverse = weakref.ref(self)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The transform's :meth:`~EquivariantTransform.inverse_and_ladj`, its cache included."""
-        return self.transform.inverse_and_ladj(x)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The transform's :meth:`~EquivariantTransform.call_and_ladj`, its cache included."""
-        return self.transform.call_and_ladj(y)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The preimage of ``x`` under the transform."""
-        return self.transform._inv_call(x)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self.transform(y)
+    def _pass(self, given: Tensor, *, backwards: bool, scored: bool) -> tuple[Tensor, Any]:
+        return self.transform._pass(given, backwards=not backwards, scored=scored)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Minus the transform's."""

@@ -19,7 +19,8 @@ from pyro_equiflow.ops.events import flatten_batch
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.tracing import full_precision, refuse_records
 from pyro_equiflow.solvers import Adjoint, Solution, Solver, fixed_point
-from pyro_equiflow.solvers.iteration import OnFailure, check_stopping, event_norm
+from pyro_equiflow.solvers.checks import OnFailure, check_stopping
+from pyro_equiflow.solvers.iteration import event_norm
 from pyro_equiflow.transforms.base import Deferred
 from pyro_equiflow.transforms.conditional import ConditionableTransform, with_context_fields
 from pyro_equiflow.transforms.precision import Solved

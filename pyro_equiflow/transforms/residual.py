@@ -13,7 +13,7 @@ from pyro_equiflow.nn import lipschitz_net
 from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
 from pyro_equiflow.solvers import Adjoint, Solver
-from pyro_equiflow.solvers.iteration import OnFailure
+from pyro_equiflow.solvers.checks import OnFailure
 from pyro_equiflow.transforms.conditional import CONTEXT_TYPE, FamilyOfKind
 from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
 
