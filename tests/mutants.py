@@ -63,6 +63,7 @@ TESTS: dict[str, tuple[str, str]] = {
         "transforms errors pyro_contract contraction_pyro iaf registration",
         "conditional or context or twins and (coupling or iaf) and (O2] or C4-plane]) or one_default",
     ),
+    "transforms/contracting.py": ("certified_errors contraction", "test_certified_errors or test_contraction"),
     "transforms/contraction.py": (
         "errors contraction_pyro contraction pyro_contract contraction_gradients flows",
         "test_errors and solved or stacks_of_solved or bound or nobody or converge or solvers_and or below_rounding "

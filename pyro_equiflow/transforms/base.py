@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance, check_integer
 from pyro_equiflow.ops.events import check_event, event_dim
-from pyro_equiflow.ops.fingerprint import Fingerprint
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.support import real_events
@@ -46,10 +44,6 @@ class EquivariantTransform(Described, TransformModule):
 
     **Mode.** Copies by :meth:`with_cache` and those that a conditional transform gives are this module for another
     caller: they share its parts, its parameters and its mode, whichever of them ``train()`` or ``eval()`` is called on.
-
-    **Checkpoints.** ``state_dict()`` tells of each transform what it computes besides its parameters: classes, splits,
-    orders, functions, bounds. ``load_state_dict`` compares before anything of the transform is loaded; with
-    ``strict=False`` it does not (inside another module: leave out the keys that end in ``_extra_state``).
 
     Example::
 
@@ -215,7 +209,7 @@ class EquivariantTransform(Described, TransformModule):
     @property
     def inv(self) -> EquivariantTransform:
         """The inverse, an :class:`~pyro_equiflow.Inverse`: a module whose parameters are this transform's."""
-        inverse = None if self._memory.inverse is None else self._memory.inverse()
+        inverse = self._memory.inverse()
         return Inverse(self) if inverse is None else inverse
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -271,9 +265,6 @@ class EquivariantTransform(Described, TransformModule):
         """Tensors that a pass is made of besides its ends, parameters and buffers."""
         return ()
 
-    def _fingerprint(self, x: Tensor, y: Tensor) -> Fingerprint:
-        return Fingerprint(self, (x, y, *self._sources()))
-
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self._memory.last = None
         return super()._apply(fn, *args, **kwargs)
@@ -319,9 +310,7 @@ class Inverse(EquivariantTransform):
         self.domain, self.codomain, self._event_dim = transform.codomain, transform.domain, transform._event_dim
         self._memory = Memory()
         self.transform = transform
-        memory = transform._memory
-        if memory.inverse is None or memory.inverse() is None:
-            memory.inverse = weakref.ref(self)
+        transform._memory.offer(self)
 
     def _pass(self, given: Tensor, *, backwards: bool, scored: bool) -> tuple[Tensor, Any]:
         return self.transform._pass(given, backwards=not backwards, scored=scored)

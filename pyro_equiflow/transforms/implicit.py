@@ -11,12 +11,11 @@ from torch import Tensor
 
 from pyro_equiflow.logdet import Estimator
 from pyro_equiflow.nn import lipschitz_net
-from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
 from pyro_equiflow.solvers import Adjoint, Solution, Solver
 from pyro_equiflow.solvers.checks import OnFailure
 from pyro_equiflow.transforms.conditional import CONTEXT_TYPE, FamilyOfKind
-from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
+from pyro_equiflow.transforms.contraction import ContractionTransform, Step, lipschitz_nets
 
 __all__ = [
     "ConditionalEquivariantImplicit",
@@ -106,8 +105,8 @@ class EquivariantImplicit(ContractionTransform):
         self.conditioner_x = self._conditioner(conditioner_x, lipschitz)
         self.conditioner_y = self._conditioner(conditioner_y, lipschitz)
 
-    def _steps(self) -> Sequence[tuple[LipschitzConditioner, bool]]:
-        return [(self.conditioner_x, True), (self.conditioner_y, False)]
+    def _steps(self) -> Sequence[Step]:
+        return [Step(self.conditioner_x, True), Step(self.conditioner_y, False)]
 
     def forward_solution(self, x: Tensor) -> Solution:
         """The forward map at ``x`` as its solver found it, as :meth:`inverse_solution` for the inverse.

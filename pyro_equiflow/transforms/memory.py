@@ -46,22 +46,31 @@ class Memory:
     :class:`~pyro_equiflow.ops.fingerprint.Fingerprint` tells whether a pass still holds.
 
     :ivar last: the last pass.
-    :ivar inverse: refers to the inverse. Weakly: if either held the other, the last pass and its graph would stay until
-        a collection of garbage, for every ``condition(context)`` of every step.
     """
 
     def __init__(self) -> None:
         self.last: Pass | None = None
-        self.inverse: weakref.ref[EquivariantTransform] | None = None
+        # Weakly: if each held the other, the last pass and its graph would stay until a collection of garbage, for
+        # every condition(context) of every step.
+        self._inverse: weakref.ref[EquivariantTransform] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()
+
+    def inverse(self) -> EquivariantTransform | None:
+        """The inverse, if one is in use."""
+        return None if self._inverse is None else self._inverse()
+
+    def offer(self, inverse: EquivariantTransform) -> None:
+        """Remembers an inverse, unless another one is in use."""
+        if self.inverse() is None:
+            self._inverse = weakref.ref(inverse)
 
     def keep(
         self, transform: EquivariantTransform, x: Tensor, y: Tensor, ladj: Tensor | Deferred, product: Tensor
     ) -> None:
         """Puts a pass of a transform in the last one's place, unless a change of what it was made of would not show."""
-        made_of = transform._fingerprint(x, y)
+        made_of = _fingerprint(transform, x, y)
         # Tensors of inference mode have no version.
         kept = not made_of.has_inference_tensors
         self.last = Pass(x, y, ladj, product, torch.is_grad_enabled(), made_of) if kept else None
@@ -74,8 +83,12 @@ class Memory:
             return None
         if (y is None and last.product is not x) or (x is None and last.product is not y):
             return None  # a user's tensor
-        if transform._fingerprint(last.x, last.y) != last.made_of:
+        if _fingerprint(transform, last.x, last.y) != last.made_of:
             self.last = None
             return None
         # A pass made without a graph cannot answer where gradients are wanted.
         return last if last.grad_enabled or not torch.is_grad_enabled() else None
+
+
+def _fingerprint(transform: EquivariantTransform, x: Tensor, y: Tensor) -> Fingerprint:
+    return Fingerprint(transform, (x, y, *transform._sources()))

@@ -10,12 +10,11 @@ from escnn import nn as enn
 
 from pyro_equiflow.logdet import Estimator
 from pyro_equiflow.nn import lipschitz_net
-from pyro_equiflow.nn.lipschitz.conditioner import LipschitzConditioner
 from pyro_equiflow.ops.arguments import check_keywords
 from pyro_equiflow.solvers import Adjoint, Solver
 from pyro_equiflow.solvers.checks import OnFailure
 from pyro_equiflow.transforms.conditional import CONTEXT_TYPE, FamilyOfKind
-from pyro_equiflow.transforms.contraction import ContractionTransform, lipschitz_nets
+from pyro_equiflow.transforms.contraction import ContractionTransform, Step, lipschitz_nets
 
 __all__ = [
     "ConditionalEquivariantResidual",
@@ -111,8 +110,8 @@ class EquivariantResidual(ContractionTransform):
         )
         self.conditioner = self._conditioner(conditioner, lipschitz)
 
-    def _steps(self) -> Sequence[tuple[LipschitzConditioner, bool]]:
-        return [(self.conditioner, True)]
+    def _steps(self) -> Sequence[Step]:
+        return [Step(self.conditioner, True)]
 
 
 class ConditionalEquivariantResidual(FamilyOfKind):
