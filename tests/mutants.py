@@ -100,6 +100,10 @@ TESTS: dict[str, tuple[str, str]] = {
         "test_errors and solved or arguments and residual or residual-O2] or residual-C4-plane] or default or identity "
         "or residual and (nobody or converge or law or bound) or finite_differences and residual and SO2",
     ),
+    "ops/channels.py": (
+        "transforms transformers images",
+        "every_channel or take_turns or split or coupling or spline or multiscale or goes",
+    ),
     "maps/spline.py": (
         "transformers pyro_contract properties",
         "spline or radial or parameters_are or knot or coupling-spline-C4] or coupling-spline-O2] or iaf-spline-O2]",

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from escnn import nn as enn
 from torch import Tensor
@@ -17,8 +16,7 @@ from pyro_equiflow.maps.named import block_map
 from pyro_equiflow.nn import steerable_net
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.ops.arguments import check_flag, check_integers, check_keywords
-from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import cat_channels
+from pyro_equiflow.ops.channels import ChannelGroups
 from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.transforms.conditional import (
     CONTEXT_TYPE,
@@ -97,13 +95,13 @@ class EquivariantCoupling(ConditionableTransform):
         cache_size: int = 1,
     ) -> None:
         chosen = block_map(transformer, log_scale_bound)
-        parts = _Split(field_type, split, split_by, chosen)
-        in_type, out_type = parts.conditioner_types(context_type)
+        halves = _Halves(field_type, split, split_by, chosen)
+        in_type, out_type = halves.conditioner_types(context_type)
         network = Conditioner(conditioner, in_type, out_type)
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
         self.transformer = chosen
-        self._parts = parts
+        self._halves = halves
 
     @staticmethod
     def conditioner_types(
@@ -120,30 +118,30 @@ class EquivariantCoupling(ConditionableTransform):
             scales followed by :math:`t`.
         """
         chosen = block_map(transformer)
-        return _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
+        return _Halves(field_type, split, split_by, chosen).conditioner_types(context_type)
 
     def _architecture(self) -> dict[str, Any]:
         found = super()._architecture()
-        found[""] |= {"split": self._parts.kept, "blocks": self._parts.layout.names()}
+        found[""] |= {"split": self._halves.kept, "blocks": self._halves.layout.names()}
         return found
 
     def _map_parameters(self, x_a: Tensor) -> list[Tensor]:
         x_a, context = self._with_context(x_a)
         out = self.conditioner(x_a if context is None else torch.cat([x_a, context], -self.event_dim))
-        return self._parts.map.parameters(out)
+        return self._halves.map.parameters(out)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x_a, x_b = self._parts.take_apart(x)
-        y_b, ladj = self._parts.map.forward(x_b, self._map_parameters(x_a))
-        return self._parts.put_together(x_a, y_b), ladj
+        x_a, x_b = self._halves.of(x)
+        y_b, ladj = self._halves.map.forward(x_b, self._map_parameters(x_a))
+        return self._halves.joined(x_a, y_b), ladj
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        y_a, y_b = self._parts.take_apart(y)
-        x_b, ladj = self._parts.map.inverse(y_b, self._map_parameters(y_a))
-        return self._parts.put_together(y_a, x_b), ladj
+        y_a, y_b = self._halves.of(y)
+        x_b, ladj = self._halves.map.inverse(y_b, self._map_parameters(y_a))
+        return self._halves.joined(y_a, x_b), ladj
 
 
-class _Split:
+class _Halves:
     """The two halves of an event: which channels condition, which are transformed, and by which map."""
 
     def __init__(
@@ -152,18 +150,11 @@ class _Split:
         validate_field_type(field_type)
         self.field_type = field_type
         layout = block_layout(field_type, split_by, "EquivariantCoupling")
-        self.kept = layout.first_half() if split is None else _checked(split, len(layout.blocks))
-        self.moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
+        self.kept = layout.first_half() if split is None else _chosen_blocks(split, len(layout.blocks))
         self.layout = layout
-        self.spatial_dims = layout.spatial_dims
-        self.map = transformer.bind([layout.blocks[i] for i in self.moved], self.spatial_dims)
-        a, b = layout.channels(self.kept), layout.channels(self.moved)
-        self.order = np.concatenate([a, b])
-        in_order = bool((self.order == np.arange(len(self.order))).all())
-        swapped = bool((self.order == np.roll(np.arange(len(self.order)), -len(b))).all())
-        self.sizes = (len(a), len(b))
-        self.arrangement = "ab" if in_order else "ba" if swapped else "mixed"
-        self.constants = Constants(order=self.order, inverse_order=np.argsort(self.order))
+        moved = [i for i in range(len(layout.blocks)) if i not in set(self.kept)]
+        self.map = transformer.bind([layout.blocks[i] for i in moved], layout.spatial_dims)
+        self._groups = ChannelGroups([layout.channels(self.kept), layout.channels(moved)], layout.spatial_dims)
 
     def conditioner_types(self, context_type: enn.FieldType | None) -> tuple[enn.FieldType, enn.FieldType]:
         gspace = self.field_type.gspace
@@ -171,28 +162,16 @@ class _Split:
         in_type = with_context_fields(enn.FieldType(gspace, fields), context_type)
         return in_type, enn.FieldType(gspace, self.map.parameter_fields)
 
-    def take_apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        dim, (size_a, size_b) = -1 - self.spatial_dims, self.sizes
-        x = self.layout.coordinates(x)
-        if self.arrangement == "ba":
-            x_b, x_a = x.split([size_b, size_a], dim)
-            return x_a, x_b
-        if self.arrangement == "mixed":
-            x = x.index_select(dim, self.constants.like(x)["order"])
-        x_a, x_b = x.split([size_a, size_b], dim)
-        return x_a, x_b
+    def of(self, x: Tensor) -> list[Tensor]:
+        """What conditions, and what is mapped."""
+        return self._groups.take_apart(self.layout.coordinates(x))
 
-    def put_together(self, x_a: Tensor, x_b: Tensor) -> Tensor:
-        dim = -1 - self.spatial_dims
-        if x_a.shape[:dim] != x_b.shape[:dim]:  # a batch of contexts on one event
-            x_a = x_a.expand(*x_b.shape[:dim], *x_a.shape[dim:])
-        x = cat_channels([x_b, x_a] if self.arrangement == "ba" else [x_a, x_b], self.spatial_dims)
-        if self.arrangement == "mixed":
-            x = x.index_select(dim, self.constants.like(x)["inverse_order"])
-        return self.layout.event(x)
+    def joined(self, x_a: Tensor, x_b: Tensor) -> Tensor:
+        """The event of two halves; the first may lack the batch of contexts."""
+        return self.layout.event(self._groups.put_together(x_a, x_b))
 
 
-def _checked(split: Sequence[int], count: int) -> list[int]:
+def _chosen_blocks(split: Sequence[int], count: int) -> list[int]:
     split = check_integers("split", split, also="None")
     kept = sorted(set(split))
     if len(kept) != len(split) or not 0 < len(kept) < count or kept[0] < 0 or kept[-1] >= count:
@@ -268,7 +247,7 @@ def equivariant_coupling(
     check_keywords(equivariant_coupling, net_kwargs, steerable_net, without=["zero_init"])
     check_flag("identity_init", identity_init)
     chosen = block_map(transformer, log_scale_bound)
-    types = _Split(field_type, split, split_by, chosen).conditioner_types(context_type)
+    types = _Halves(field_type, split, split_by, chosen).conditioner_types(context_type)
     net = steerable_net(*types, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
     return EquivariantCoupling(
         field_type, net, split=split, split_by=split_by, transformer=chosen, context_type=context_type

@@ -98,25 +98,25 @@ class EquivariantIAF(ConditionableTransform):
         cache_size: int = 1,
     ) -> None:
         chosen = block_map(transformer, log_scale_bound)
-        parts = _Ordered(field_type, order, split_by, chosen)
+        blocks = _OrderedBlocks(field_type, order, split_by, chosen)
         remedy = "an autoregressive map needs a network with masks"
         check_instance(
             "conditioner", conditioner, MaskedSteerableNet, "a pyro_equiflow.nn.MaskedSteerableNet", remedy=remedy
         )
-        network = Conditioner(conditioner, *parts.conditioner_types(context_type))
-        for name, expected in zip(("in_degrees", "out_degrees"), parts.conditioner_degrees(context_type)):
+        network = Conditioner(conditioner, *blocks.conditioner_types(context_type))
+        for name, expected in zip(("in_degrees", "out_degrees"), blocks.conditioner_degrees(context_type)):
             found = getattr(conditioner, name)
             if found != expected:
                 raise ValueError(f"conditioner: expected {name} {expected}, found {found}; see conditioner_degrees")
         super().__init__(field_type, context_type=context_type, cache_size=cache_size)
         self.conditioner = network
         self.transformer = chosen
-        self._parts = parts
+        self._blocks = blocks
 
     @property
     def order(self) -> tuple[int, ...]:
         """The blocks in the order in which they depend on each other."""
-        return self._parts.order
+        return self._blocks.order
 
     @staticmethod
     def conditioner_types(
@@ -132,7 +132,7 @@ class EquivariantIAF(ConditionableTransform):
             the scales followed by the shifts.
         """
         chosen = block_map(transformer)
-        return _Ordered(field_type, None, split_by, chosen).conditioner_types(context_type)
+        return _OrderedBlocks(field_type, None, split_by, chosen).conditioner_types(context_type)
 
     @staticmethod
     def conditioner_degrees(
@@ -148,38 +148,38 @@ class EquivariantIAF(ConditionableTransform):
         :return: for input and output a block's place in the order, from 1; 0 for a context.
         """
         chosen = block_map(transformer)
-        return _Ordered(field_type, order, split_by, chosen).conditioner_degrees(context_type)
+        return _OrderedBlocks(field_type, order, split_by, chosen).conditioner_degrees(context_type)
 
     def _architecture(self) -> dict[str, Any]:
         found = super()._architecture()
-        found[""] |= {"order": self.order, "blocks": self._parts.layout.names()}
+        found[""] |= {"order": self.order, "blocks": self._blocks.layout.names()}
         return found
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts, dim = self._parts, -self.event_dim
+        blocks, dim = self._blocks, -self.event_dim
         x, context = self._with_context(x)
-        z = parts.layout.coordinates(x)
+        z = blocks.layout.coordinates(x)
         out = self.conditioner(z if context is None else torch.cat([z, context], dim))
-        z, ladj = parts.map.forward(z, parts.map.parameters(out))
-        return parts.layout.event(z), ladj
+        z, ladj = blocks.map.forward(z, blocks.map.parameters(out))
+        return blocks.layout.event(z), ladj
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        parts, dim, spatial_dims = self._parts, -self.event_dim, self.event_dim - 1
+        blocks, dim, spatial_dims = self._blocks, -self.event_dim, self.event_dim - 1
         y, context = self._with_context(y)
-        targets = parts.layout.coordinates(y).split(parts.layout.sizes, dim)
+        targets = blocks.layout.coordinates(y).split(blocks.layout.sizes, dim)
         # No block sees those after it: zeros hold their places.
         found = [torch.zeros_like(target) for target in targets]
         network = self.conditioner.on_events()
         ladj = y.new_zeros(y.shape[:dim])
-        for index in parts.order:
+        for index in blocks.order:
             out = network(cat_channels(found if context is None else [*found, context], spatial_dims))
-            own = parts.map.of_block(parts.map.parameters(out), index)
-            found[index], part = parts.maps[index].inverse(targets[index], own)
-            ladj = ladj + part
-        return parts.layout.event(cat_channels(found, spatial_dims)), ladj
+            own = blocks.map.of_block(blocks.map.parameters(out), index)
+            found[index], own_ladj = blocks.maps[index].inverse(targets[index], own)
+            ladj = ladj + own_ladj
+        return blocks.layout.event(cat_channels(found, spatial_dims)), ladj
 
 
-class _Ordered:
+class _OrderedBlocks:
     """The blocks of an event, their order, and their maps, all together and one by one."""
 
     def __init__(
@@ -189,7 +189,7 @@ class _Ordered:
         self.field_type = field_type
         self.layout = block_layout(field_type, split_by, "EquivariantIAF")
         blocks, spatial_dims = self.layout.blocks, self.layout.spatial_dims
-        self.order = _checked(order, len(blocks))
+        self.order = _permutation(order, len(blocks))
         self.map = transformer.bind(blocks, spatial_dims)
         self.maps = [transformer.bind([block], spatial_dims) for block in blocks]
 
@@ -212,7 +212,7 @@ class _Ordered:
         return MaskedSteerableNet(*types, *degrees, **kwargs)
 
 
-def _checked(order: Sequence[int] | None, count: int) -> tuple[int, ...]:
+def _permutation(order: Sequence[int] | None, count: int) -> tuple[int, ...]:
     given = check_integers("order", range(count) if order is None else order, also="None")
     if sorted(given) != list(range(count)):
         raise ValueError(f"order: expected a permutation of 0 to {count - 1}, found {list(given)}")
@@ -285,8 +285,8 @@ def equivariant_iaf(
     check_keywords(equivariant_iaf, net_kwargs, MaskedSteerableNet, without=["zero_init"])
     check_flag("identity_init", identity_init)
     chosen = block_map(transformer, log_scale_bound)
-    parts = _Ordered(field_type, order, split_by, chosen)
-    net = parts.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
+    blocks = _OrderedBlocks(field_type, order, split_by, chosen)
+    net = blocks.network(context_type, hidden_dims=hidden_dims, zero_init=identity_init, **net_kwargs)
     return EquivariantIAF(
         field_type, net, order=order, split_by=split_by, transformer=chosen, context_type=context_type
     )

@@ -12,7 +12,7 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance, check_integers
-from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.channels import ChannelGroups
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 from pyro_equiflow.transforms.compose import Compose
 from pyro_equiflow.transforms.squeeze import EquivariantSqueeze
@@ -105,8 +105,8 @@ class _OnFields(EquivariantTransform):
         ends = np.cumsum([field.size for field in field_type.representations])
         channels = np.split(np.arange(field_type.size), ends[:-1])
         rest = [i for i in range(len(channels)) if i not in chosen]
-        order = np.concatenate([channels[i] for i in [*rest, *chosen]])
-        self._constants = Constants(order=order, inverse_order=np.argsort(order))
+        groups = [np.concatenate([channels[i] for i in own]) for own in (rest, chosen)]
+        self._groups = ChannelGroups(groups, self.event_dim - 1)
 
     def _checked_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
         shape, dim = super()._checked_shape(shape, field_type), -self.event_dim
@@ -119,11 +119,9 @@ class _OnFields(EquivariantTransform):
         return found
 
     def _apply_to(self, x: Tensor, run: Callable[[Tensor], tuple[Tensor, _LogDet]]) -> tuple[Tensor, _LogDet]:
-        dim, size, constants = -self.event_dim, self.transform.field_type.size, self._constants.like(x)
-        rest, chosen = x.index_select(dim, constants["order"]).split([self.field_type.size - size, size], dim)
+        rest, chosen = self._groups.take_apart(x)
         chosen, ladj = run(chosen)
-        rest = rest.expand(*chosen.shape[:dim], *rest.shape[dim:])  # a batch of contexts on one event
-        return torch.cat([rest, chosen], dim).index_select(dim, constants["inverse_order"]), ladj
+        return self._groups.put_together(rest, chosen), ladj
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._apply_to(x, self.transform._call_and_ladj)

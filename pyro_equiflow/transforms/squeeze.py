@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_flag
 from pyro_equiflow.ops.cells import squeezed_type
+from pyro_equiflow.ops.channels import ChannelOrder
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.transforms.base import EquivariantTransform
@@ -65,10 +65,9 @@ class EquivariantSqueeze(EquivariantTransform):
         super().__init__(field_type, out_type=out_type, cache_size=cache_size)
         self.haar = haar
         self._spatial_dims = self.event_dim - 1
-        order = None if haar else matrix.argmax(1)
-        self._constants = Constants(
-            matrix=matrix if haar else None, order=order, inverse_order=None if order is None else np.argsort(order)
-        )
+        # Without Haar's the matrix only puts channels in another order.
+        self._constants = Constants(matrix=matrix) if haar else None
+        self._order = ChannelOrder(matrix.argmax(1), self._spatial_dims)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """``(*batch, C, *spatial)`` to ``(*batch, 2^d C, *spatial / 2)``.
@@ -107,21 +106,19 @@ class EquivariantSqueeze(EquivariantTransform):
         start = len(batch) + 1
         order = [*range(start), *range(start + 1, cells.dim(), 2), *range(start, cells.dim(), 2)]
         y = cells.permute(order).reshape(*batch, self.out_type.size, *(side // 2 for side in sides))
-        constants = self._constants.like(x)
-        if constants["matrix"] is not None:
-            y = channel_matmul(constants["matrix"], y, dims)
+        if self._constants is None:
+            y = self._order.apply(y)
         else:
-            y = y.index_select(-1 - dims, constants["order"])
+            y = channel_matmul(self._constants.like(x)["matrix"], y, dims)
         return y, x.new_zeros(batch)
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         dims = self._spatial_dims
         batch, sides = y.shape[: y.dim() - dims - 1], y.shape[y.dim() - dims :]
-        constants = self._constants.like(y)
-        if constants["matrix"] is not None:
-            cells = channel_matmul(constants["matrix"].mT, y, dims)
+        if self._constants is None:
+            cells = self._order.undo(y)
         else:
-            cells = y.index_select(-1 - dims, constants["inverse_order"])
+            cells = channel_matmul(self._constants.like(y)["matrix"].mT, y, dims)
         cells = cells.reshape(*batch, self.field_type.size, *dims * (2,), *sides)
         start = len(batch) + 1
         order = [*range(start), *(i for d in range(dims) for i in (start + dims + d, start + d))]
