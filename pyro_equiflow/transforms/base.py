@@ -217,16 +217,16 @@ class EquivariantTransform(Described, TransformModule):
 
         :raises ValueError: the shape holds no event of this transform.
         """
-        return self._checked_shape(shape, self.field_type)
+        return self._joint_shape(shape, self.field_type)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of the preimage of a tensor of this shape: the same, unless a transform says otherwise.
 
         :raises ValueError: the shape holds no image of this transform.
         """
-        return self._checked_shape(shape, self.out_type)
+        return self._joint_shape(shape, self.out_type)
 
-    def _checked_shape(self, shape: torch.Size, field_type: FieldType) -> torch.Size:
+    def _joint_shape(self, shape: torch.Size, field_type: FieldType) -> torch.Size:
         dimensions = self.event_dim
         if len(shape) < dimensions or shape[len(shape) - dimensions] != field_type.size:
             raise ValueError(

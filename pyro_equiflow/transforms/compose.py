@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from pyro_equiflow.ops.arguments import check_items
 from pyro_equiflow.transforms.base import Deferred, EquivariantTransform
 
 __all__ = ["Compose"]
+
+_LogDet = TypeVar("_LogDet", Tensor, Deferred)
 
 
 class Compose(EquivariantTransform):
@@ -53,32 +56,20 @@ class Compose(EquivariantTransform):
         self.transforms = torch.nn.ModuleList(transforms)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in self:
-            x, ladj = part._call_and_ladj(x)
-            ladjs.append(ladj)
-        return x, sum(ladjs[1:], ladjs[0])
-
-    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in reversed(list(self)):
-            y, ladj = part._inverse_and_ladj(y)
-            ladjs.append(ladj)
+        y, ladjs = _one_by_one(x, [part._call_and_ladj for part in self])
         return y, sum(ladjs[1:], ladjs[0])
 
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladjs = _one_by_one(y, [part._inverse_and_ladj for part in reversed(list(self))])
+        return x, sum(ladjs[1:], ladjs[0])
+
     def _call_deferred(self, x: Tensor) -> tuple[Tensor, Deferred]:
-        ladjs = []
-        for part in self:
-            x, ladj = part._call_deferred(x)
-            ladjs.append(ladj)
-        return x, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
+        y, ladjs = _one_by_one(x, [part._call_deferred for part in self])
+        return y, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
 
     def _inverse_deferred(self, y: Tensor) -> tuple[Tensor, Deferred]:
-        ladjs = []
-        for part in reversed(list(self)):
-            y, ladj = part._inverse_deferred(y)
-            ladjs.append(ladj)
-        return y, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
+        x, ladjs = _one_by_one(y, [part._inverse_deferred for part in reversed(list(self))])
+        return x, lambda: sum((ladj() for ladj in ladjs[1:]), ladjs[0]())
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of the image of a tensor of this shape: what the parts make of it."""
@@ -100,3 +91,12 @@ class Compose(EquivariantTransform):
 
     def __getitem__(self, index: int) -> EquivariantTransform:
         return self.transforms[index]  # type: ignore[return-value]
+
+
+def _one_by_one(x: Tensor, hooks: Sequence[Callable[[Tensor], tuple[Tensor, _LogDet]]]) -> tuple[Tensor, list[_LogDet]]:
+    """What hooks make of an event in order, and the log-det of each."""
+    ladjs = []
+    for hook in hooks:
+        x, ladj = hook(x)
+        ladjs.append(ladj)
+    return x, ladjs

@@ -64,9 +64,9 @@ class ConditionableTransform(EquivariantTransform):
     def _sources(self) -> tuple[Tensor, ...]:
         return () if self.context is None else (self.context,)
 
-    def _checked_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
+    def _joint_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
         # With the context's batch, so that a base distribution is expanded to it: a draw of its own for each context.
-        shape = super()._checked_shape(shape, field_type)
+        shape = super()._joint_shape(shape, field_type)
         if self.context is None:
             return shape
         dim = -self.event_dim

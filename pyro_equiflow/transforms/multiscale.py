@@ -108,8 +108,8 @@ class _OnFields(EquivariantTransform):
         groups = [np.concatenate([channels[i] for i in own]) for own in (rest, chosen)]
         self._groups = ChannelGroups(groups, self.event_dim - 1)
 
-    def _checked_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
-        shape, dim = super()._checked_shape(shape, field_type), -self.event_dim
+    def _joint_shape(self, shape: torch.Size, field_type: enn.FieldType) -> torch.Size:
+        shape, dim = super()._joint_shape(shape, field_type), -self.event_dim
         deeper = torch.Size((*shape[:dim], self.transform.field_type.size, *shape[dim + 1 :]))
         return torch.Size((*self.transform.forward_shape(deeper)[:dim], *shape[dim:]))
 
