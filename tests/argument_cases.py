@@ -347,13 +347,9 @@ LINES: dict[str, Line] = {
         _SOLVED, _CALLED, _PHI, _CERTIFIED, of=lambda: solvers.FixedPoint().solve, phi=_half, x0=X, lipschitz=0.5
     ),
     "UnrolledAdjoint": line(),
-    "_AtTheRoot.attach": line(
+    "Adjoint.attach": line(
         _CALLED, _PHI, {"tensors": _TENSORS, "batched": _BATCHED, "jacobian": CALLABLE},
         of=lambda: solvers.ImplicitAdjoint().attach, phi=_half, value=X, tensors=(), lipschitz=0.5,
-    ),
-    "UnrolledAdjoint.attach": line(
-        _CALLED, _PHI, {"tensors": _TENSORS, "batched": _BATCHED, "jacobian": CALLABLE},
-        of=lambda: solvers.UnrolledAdjoint().attach, phi=_half, value=X, tensors=(), lipschitz=0.5,
     ),
     "default_estimator": line(event_size=3),
     "fixed_point": line(
@@ -413,7 +409,7 @@ EXEMPT: dict[str, str] = {
          "Solution", "LogDet"),
         _RESULT,
     ),
-    **dict.fromkeys(("Adjoint", "Adjoint.attach", "DenseAdjoint", "Estimator", "Solver"), "no argument, or abstract"),
+    **dict.fromkeys(("Adjoint", "DenseAdjoint", "Estimator", "Solver"), "no argument, or abstract"),
     **dict.fromkeys(("ConvergenceError", "EquivarianceError", "PrecisionWarning"), "an exception"),
     **dict.fromkeys(("forward_shape", "inverse_shape", "evaluate_output_shape"), _SHAPES),
     **dict.fromkeys(("expand", "sample", "rsample", "rsample_augmented", "log_prob", "train"), _PYRO),

@@ -36,7 +36,6 @@ class Adjoint(ABC):
         tensor(4.)
     """
 
-    @abstractmethod
     def attach(
         self,
         phi: Callable[..., Tensor],
@@ -56,8 +55,17 @@ class Adjoint(ABC):
         :param batched: for each tensor whether its first dimension is the batch; by default none is.
         :param jacobian: asked in the backward pass for :math:`\partial\phi/\partial x` at ``value``, shape
             ``(B, D, D)``, or ``None`` where it is not known; spares an adjoint that needs it the work.
-        :return: shape and dtype of ``value``.
+        :return: shape and dtype of ``value``, which implicit adjoints return to the last bit.
         """
+        check_instance("phi", phi, Callable, "a map (x, *tensors) to x")
+        check_batch("value", value)
+        check_contraction(lipschitz)
+        check_instance("jacobian", jacobian, Callable, "a function without arguments")
+        return self._attach(Problem(phi, per_sample(tensors, batched, value), lipschitz, jacobian), value, tensors)
+
+    @abstractmethod
+    def _attach(self, problem: Problem, value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """As :meth:`attach`, of arguments that have been checked."""
 
 
 class _Linear(NamedTuple):
@@ -79,19 +87,7 @@ class _Linear(NamedTuple):
 class _AtTheRoot(Adjoint):
     r"""Implicit differentiation; subclasses say how the linear system is solved."""
 
-    def attach(
-        self,
-        phi: Callable[..., Tensor],
-        value: Tensor,
-        tensors: Sequence[Tensor],
-        *,
-        lipschitz: float,
-        batched: Sequence[bool] | None = None,
-        jacobian: Callable[[], Tensor | None] = lambda: None,
-    ) -> Tensor:
-        """See :meth:`Adjoint.attach`; what ``value`` holds is returned to the last bit."""
-        _check_attached(phi, value, lipschitz, jacobian)
-        problem = Problem(phi, per_sample(tensors, batched, value), lipschitz, jacobian)
+    def _attach(self, problem: Problem, value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return _Implicit.apply(self, problem, value.detach(), *tensors)
 
     @abstractmethod
@@ -214,33 +210,14 @@ class UnrolledAdjoint(Adjoint):
         if self.steps is not None:
             set_fields(self, steps=check_integer("steps", self.steps, 1, also="None"))
 
-    def attach(
-        self,
-        phi: Callable[..., Tensor],
-        value: Tensor,
-        tensors: Sequence[Tensor],
-        *,
-        lipschitz: float,
-        batched: Sequence[bool] | None = None,
-        jacobian: Callable[[], Tensor | None] = lambda: None,
-    ) -> Tensor:
-        """See :meth:`Adjoint.attach`; the value is that of the last step."""
-        _check_attached(phi, value, lipschitz, jacobian)
-        per_sample(tensors, batched, value)
-        steps = self.steps
+    def _attach(self, problem: Problem, value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        steps, lipschitz = self.steps, problem.lipschitz
         if steps is None:
             steps = math.ceil(math.log(1e-12 * (1 - lipschitz)) / math.log(min(max(lipschitz, 1e-3), 1 - 1e-12)))
         x = value.detach()
         for _ in range(steps):
-            x = phi(x, *tensors)
+            x = problem.phi(x, *tensors)
         return x
-
-
-def _check_attached(phi: object, value: Tensor, lipschitz: float, jacobian: object) -> None:
-    check_instance("phi", phi, Callable, "a map (x, *tensors) to x")
-    check_batch("value", value)
-    check_contraction(lipschitz)
-    check_instance("jacobian", jacobian, Callable, "a function without arguments")
 
 
 class _Transposed:

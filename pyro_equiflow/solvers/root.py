@@ -106,7 +106,8 @@ def fixed_point(
         check_instance("wide", wide, Callable, "a function without arguments or None")
     check_stopping(tolerance, max_steps, on_failure)
     strict = check_certificate(strict, scale, x0, tolerance)
-    problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz))
+    check_instance("jacobian", jacobian, Callable, "a function without arguments")
+    problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz), jacobian)
     solver = solver or Anderson()
 
     def solved(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
@@ -123,8 +124,7 @@ def fixed_point(
         return _functional(problem, x0, scale, tensors, solved, adjoint)
     solution = solved(problem, x0, scale, [t.detach() for t in tensors])
     adjoint = adjoint or (DenseAdjoint() if x0.shape[1:].numel() <= _DENSE else ImplicitAdjoint())
-    value = adjoint.attach(phi, solution.value, tensors, lipschitz=lipschitz, batched=batched, jacobian=jacobian)
-    return value, solution
+    return adjoint._attach(problem, solution.value, tensors), solution
 
 
 def _functional(
@@ -144,7 +144,7 @@ def _functional(
     solution = solve(Task(problem, solved, solve_linear), x0, scale, tensors)
     value, known = solution.value, solution._replace(value=solution.value.detach())
     if isinstance(adjoint, UnrolledAdjoint):
-        value = adjoint.attach(problem.phi, known.value, tensors, lipschitz=problem.lipschitz, batched=problem.batched)
+        value = adjoint._attach(problem, known.value, tensors)
     return value, known
 
 

@@ -33,7 +33,7 @@ class EquivariantTransform(Described, TransformModule):
     - ``_call_and_ladj(x) -> (y, log|det dy/dx|)``,
     - ``_inverse_and_ladj(y) -> (x, log|det dx/dy|)``.
 
-    Everything else that Pyro and torch expect of a transform is here.
+    Everything else that Pyro and torch expect of a transform is here; checkpoints say which map theirs is.
 
     **Cache.** With ``cache_size=1`` the last pass is kept, and answers questions about the tensor that this object
     itself produced: sampling and then scoring the same draw calls no inverse. A tensor given by the user is never

@@ -162,7 +162,7 @@ class _Halves:
         in_type = with_context_fields(enn.FieldType(gspace, fields), context_type)
         return in_type, enn.FieldType(gspace, self.map.parameter_fields)
 
-    def of(self, x: Tensor) -> list[Tensor]:
+    def of(self, x: Tensor) -> tuple[Tensor, ...]:
         """What conditions, and what is mapped."""
         return self._groups.take_apart(self.layout.coordinates(x))
 
