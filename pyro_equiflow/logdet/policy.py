@@ -73,6 +73,10 @@ class _ByConstant:
         return estimator(fn, x, tensors, lipschitz=lipschitz, training=training)
 
 
+# Made once: what does not change can be shared.
+_EXACT, _SERIES, _ROULETTE, _BY_CONSTANT = Exact(), PowerSeries(probes=16), RussianRoulette(), _ByConstant()
+
+
 def default_estimator(event_size: int) -> Estimator:
     """The estimator for an event of ``event_size`` entries.
 
@@ -96,7 +100,7 @@ def default_estimator(event_size: int) -> Estimator:
     """
     event_size = check_integer("event_size", event_size, 1)
     if event_size <= EXACT_IN_TRAINING:
-        return Exact()
-    fixed = Exact() if event_size <= EXACT_IN_EVALUATION else PowerSeries(probes=16)
-    training = _ByConstant() if event_size <= _MOST_EXACT_IN_TRAINING else RussianRoulette()
+        return _EXACT
+    fixed: Estimator = _EXACT if event_size <= EXACT_IN_EVALUATION else _SERIES
+    training: Estimator = _BY_CONSTANT if event_size <= _MOST_EXACT_IN_TRAINING else _ROULETTE
     return ByMode(training=training, evaluation=fixed)

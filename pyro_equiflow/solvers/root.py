@@ -23,6 +23,9 @@ __all__ = ["fixed_point"]
 # 1.1 of it at 8 and 2 at 16 where the map contracts quickly; a third of it at 8 and all of it at 16 where it does not.
 _DENSE = 8
 
+# Made once: what does not change can be shared.
+_SOLVER, _DENSE_ADJOINT, _IMPLICIT_ADJOINT = Anderson(), DenseAdjoint(), ImplicitAdjoint()
+
 # Relative, of a refined float32 value.
 _REFINED = 2e-6
 
@@ -108,7 +111,7 @@ def fixed_point(
     strict = check_certificate(strict, scale, x0, tolerance)
     check_instance("jacobian", jacobian, Callable, "a function without arguments")
     problem = Problem(phi, per_sample(tensors, batched, x0), check_contraction(lipschitz), jacobian)
-    solver = solver or Anderson()
+    solver = solver or _SOLVER
 
     def solved(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
         if refine and x0.dtype == torch.float32:
@@ -123,7 +126,7 @@ def fixed_point(
         wide = None  # it closes over tensors, which the solver must not see there
         return _functional(problem, x0, scale, tensors, solved, adjoint)
     solution = solved(problem, x0, scale, [t.detach() for t in tensors])
-    adjoint = adjoint or (DenseAdjoint() if x0.shape[1:].numel() <= _DENSE else ImplicitAdjoint())
+    adjoint = adjoint or (_DENSE_ADJOINT if x0.shape[1:].numel() <= _DENSE else _IMPLICIT_ADJOINT)
     return adjoint._attach(problem, solution.value, tensors), solution
 
 
@@ -136,7 +139,7 @@ def _functional(
     adjoint: Adjoint | None,
 ) -> tuple[Tensor, Solution]:
     """As :func:`fixed_point`, on tensors of ``torch.func``."""
-    by = adjoint if isinstance(adjoint, ImplicitAdjoint) else ImplicitAdjoint()
+    by = adjoint if isinstance(adjoint, ImplicitAdjoint) else _IMPLICIT_ADJOINT
 
     def solve_linear(problem: Problem, x0: Tensor, scale: Tensor | None, tensors: Sequence[Tensor]) -> Solution:
         return by._solved(OnRows(problem, tensors), x0, problem.lipschitz)

@@ -18,9 +18,10 @@ _NAMED = 5  # how many differences an error names
 
 
 class Described(torch.nn.Module):
-    """A module whose ``state_dict()`` tells what it computes besides its parameters: classes, splits, orders, functions,
-    bounds. ``load_state_dict`` compares before anything of it is loaded; with ``strict=False`` it does not (inside
-    another module: leave out the keys that end in ``_extra_state``).
+    """A module whose ``state_dict()`` tells what it computes besides its parameters: classes, splits, orders, bounds.
+
+    ``load_state_dict`` compares before anything of it is loaded; with ``strict=False`` it does not (inside another
+    module: leave out the keys that end in ``_extra_state``).
     """
 
     def _architecture(self) -> dict[str, Any]:
