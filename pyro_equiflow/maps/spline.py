@@ -9,11 +9,12 @@ import numpy as np
 from escnn.group import Representation
 from torch import Tensor
 
-from pyro_equiflow.maps.block_map import BlockMap, FieldScalars, Head
+from pyro_equiflow.maps.block_map import BlockMap, Head
 from pyro_equiflow.maps.blocks import Block
 from pyro_equiflow.maps.commutant import Commutant
 from pyro_equiflow.ops.arguments import check_integer, check_number
 from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.coordinates import FieldScalars
 from pyro_equiflow.ops.events import cat_channels
 from pyro_equiflow.ops.representations import is_permutation
 from pyro_equiflow.ops.splines import MIN_BIN, UnitSpline, num_spline_parameters
