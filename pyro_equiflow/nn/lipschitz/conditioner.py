@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, chained, expand
-from pyro_equiflow.nn.lipschitz.bounds import LINEAR, expanded_linear, is_linear, lipschitz_bound, weight_norm
+from pyro_equiflow.nn.lipschitz.bounds import WEIGHT_NORMS, expanded_linear, is_linear, lipschitz_bound, weight_norm
 from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
 from pyro_equiflow.ops.arguments import check_number
@@ -240,7 +240,7 @@ def _check_linear(layer: enn.EquivariantModule, context: int) -> None:
     Linear in the weight, plus what does not hang on the event; and with a context, whose columns come last, those
     alone see it.
     """
-    if layer.in_type.gspace.dimensionality or any(isinstance(layer, kind) for kind in LINEAR):
+    if layer.in_type.gspace.dimensionality or type(layer) in WEIGHT_NORMS:
         return
     fn, (weight, *rest) = expanded_linear(layer)
     # Numbers without a pattern, and the global generator left alone.
@@ -280,6 +280,6 @@ def _functions_between(leaves: Sequence[enn.EquivariantModule], linear: Sequence
 
 def _leaves(module: enn.EquivariantModule) -> list[enn.EquivariantModule]:
     """The modules of nested sequences in order."""
-    if lipschitz_bound.dispatch(type(module)) is not lipschitz_bound.dispatch(enn.SequentialModule):
+    if type(module) is not enn.SequentialModule:
         return [module]
     return [leaf for part in module._modules.values() for leaf in _leaves(part)]
