@@ -10,8 +10,7 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
 from pyro_equiflow.nn.irreps.invariant_gate import InvariantGateNet
-from pyro_equiflow.nn.irreps.parts import IrrepParts
-from pyro_equiflow.nn.layered import LayeredNet
+from pyro_equiflow.nn.irreps.isotypic import is_of_irreps
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear, check_kernel, steerable_layer
 from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import (
@@ -21,6 +20,7 @@ from pyro_equiflow.nn.nonlinearities import (
     PointwiseNonLinearity,
     require_one_lipschitz,
 )
+from pyro_equiflow.nn.packed import PackedNet
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type, validate_over
 
@@ -74,7 +74,7 @@ def steerable_net(
         if zero_init:
             net.zero_output()
         return net
-    return LayeredNet(_linears(in_type, out_type, layers, kernel_size, padding_mode), layers, zero_init)
+    return PackedNet(_linears(in_type, out_type, layers, kernel_size, padding_mode), layers, zero_init)
 
 
 def lipschitz_net(
@@ -168,7 +168,7 @@ def gates_by_invariants(
 ) -> bool:
     """Whether a network of invariants takes the place of hidden layers with gates."""
     gated = any(isinstance(layer, FieldGates) for layer in layers)
-    return gated and IrrepParts.fit(in_type) and IrrepParts.fit(out_type)
+    return gated and is_of_irreps(in_type) and is_of_irreps(out_type)
 
 
 def _linears(

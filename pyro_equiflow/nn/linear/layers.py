@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steerable layers whose filters are one gather or a few small products of their free parameters."""
+"""Steerable layers whose filters are one look-up or a few small products of their free parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _BasisLayer(SteerableModule):
     ) -> None:
         bias = check_flag("bias", bias)
         super().__init__(in_type, out_type)
-        self.mask = mask if mask is None else _checked_mask(mask, in_type, out_type)
+        self.mask = mask if mask is None else _check_mask(mask, in_type, out_type)
         invariants = self._build()
         self.weight = torch.nn.Parameter(torch.zeros(self.plan.num_weights))
         if bias and invariants:
@@ -70,7 +70,7 @@ class _BasisLayer(SteerableModule):
         types = (self.in_type, self.out_type)
         self.plan = ExpansionPlan(*types, self._pair_basis, self._kernel_shape(), self.mask)
         self.invariants = invariants
-        self._constants = Constants(invariants=invariants, **self.plan.arrays())
+        self._constants = Constants(invariants=invariants)
         return int(invariants.shape[1])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class _BasisLayer(SteerableModule):
 
     def filter(self) -> Tensor:
         """The expanded filter ``(out_type.size, in_type.size, *kernel_shape)``."""
-        return self.plan.expand(self.weight, self._constants.like(self.weight))
+        return self.plan.expand(self.weight)
 
     def expanded_bias(self) -> Tensor | None:
         """The bias of every output channel, in the invariant subspace of ``out_type``."""
@@ -271,7 +271,7 @@ def check_kernel(kernel_size: int, padding_mode: str) -> int:
     return size
 
 
-def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:
+def _check_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:
     check_instance("mask", mask, np.ndarray, "an array of booleans or None")
     shape = (len(out_type.representations), len(in_type.representations))
     if mask.shape != shape or mask.dtype != bool:

@@ -36,7 +36,7 @@ class Normalized(NamedTuple):
 _FIXING_ZERO = (PointwiseNonLinearity, LipschitzGate, enn.IdentityModule, enn.ReLU, enn.ELU)
 
 
-class _Part(NamedTuple):
+class _Addend(NamedTuple):
     """What one of a network's modules adds: its biases, its columns for the context, or its output at zero."""
 
     constant: float | Tensor
@@ -48,11 +48,11 @@ class _Part(NamedTuple):
 class Offset(NamedTuple):
     r"""What a network adds to what it makes of an event.
 
-    :ivar parts: what its modules add.
+    :ivar addends: what its modules add.
     :ivar spatial_shape: the grid.
     """
 
-    parts: tuple[_Part, ...]
+    addends: tuple[_Addend, ...]
     spatial_shape: tuple[int, ...]
 
     @torch.no_grad()
@@ -69,9 +69,9 @@ class Offset(NamedTuple):
         """
         given = torch.zeros((), dtype=torch.float64) if context is None else _length(context.flatten(1), 1)
         # A first module without columns for it takes the context as it takes the event.
-        total = given if self.parts[0].columns is None else torch.zeros_like(given)
+        total = given if self.addends[0].columns is None else torch.zeros_like(given)
         root = math.sqrt(math.prod(self.spatial_shape))
-        for constant, biases, columns, at_zero in self.parts:
+        for constant, biases, columns, at_zero in self.addends:
             total = constant * total
             for bias in biases:
                 total = total + root * _length(bias)
@@ -165,12 +165,12 @@ class LipschitzConditioner(Conditioner):
         bound = math.prod(constants)
         cap = (self.lipschitz / (bound * (1 + _ROUNDING) ** len(leaves))) ** (1 / sum(linear))
         between = _functions_between(leaves, linear)
-        parts, added, like = [], [], next(self.network.parameters())
+        maps, addends, like = [], [], next(self.network.parameters())
         for i, leaf in enumerate(leaves):
             if not linear[i]:
-                added.append(_Part(constants[i], at_zero=_at_zero(leaf, like, spatial_shape)))
+                addends.append(_Addend(constants[i], at_zero=_at_zero(leaf, like, spatial_shape)))
             if i in between:
-                parts.append(between[i].expanded_core())
+                maps.append(between[i].expanded_core())
                 continue
             part = expanded_linear(leaf) if linear[i] else expand(leaf)
             if linear[i]:
@@ -187,14 +187,14 @@ class LipschitzConditioner(Conditioner):
                     (before * after) if seen and within < cap else before * after * cap / norm.clamp(min=cap)
                 )
                 columns = weight.narrow(1, weight.shape[1] - free, free) if free else None
-                added.append(_Part(within, bias, columns))
+                addends.append(_Addend(within, bias, columns))
                 if columns is not None:
                     limited = torch.cat([limited, columns * after], 1)
                 part = part._replace(tensors=(limited, *(b if after == 1 else b * after for b in bias)))
-            parts.append(part)
-        reached = min(float(bound) * (1 + _ROUNDING) ** len(parts), self.lipschitz) if seen else self.lipschitz
-        normalized = Normalized(chained(parts), reached)
-        return normalized, Offset(tuple(added), tuple(spatial_shape or ()))
+            maps.append(part)
+        reached = min(float(bound) * (1 + _ROUNDING) ** len(maps), self.lipschitz) if seen else self.lipschitz
+        normalized = Normalized(chained(maps), reached)
+        return normalized, Offset(tuple(addends), tuple(spatial_shape or ()))
 
     def expanded(self) -> Expanded:
         """The normalised network's map on plain tensors, for every grid."""

@@ -15,10 +15,10 @@ from pyro_equiflow.nn.linear.expansion_plan import JointExpansion
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.ops.architecture import settings
 
-__all__ = ["LayeredNet", "Layers"]
+__all__ = ["PackedLayers", "PackedNet"]
 
 
-class Layers:
+class PackedLayers:
     """The map of some layers by their weights and biases, each one tensor: an optimizer's cost goes by the number.
 
     :param linears: linear layers; their parameters are taken off them by :meth:`initial`.
@@ -62,7 +62,7 @@ class Layers:
         return chained([*between, linears[-1]])
 
 
-class LayeredNet(SteerableModule):
+class PackedNet(SteerableModule):
     """A steerable perceptron or CNN with all its parameters in two tensors.
 
     The layers themselves stay out of the module tree, where they would be walked over at every call.
@@ -84,7 +84,7 @@ class LayeredNet(SteerableModule):
         zero_init: bool = False,
     ) -> None:
         super().__init__(linears[0].in_type, linears[-1].out_type)
-        self.layers = Layers(linears, between)
+        self.layers = PackedLayers(linears, between)
         weight, bias = self.layers.initial(zero_init)
         self.weight = torch.nn.Parameter(weight)
         # A parameter that takes part in nothing would have no gradient.
