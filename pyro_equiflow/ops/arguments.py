@@ -178,7 +178,10 @@ def check_items(name: str, value: Any, kind: Any, expected: str, *, remedy: str 
         items = None
     if items is None:
         raise _refused(TypeError, name, expected, value, remedy)
-    return [check_instance(name, item, kind, expected, remedy=remedy) for item in items]
+    for item in items:
+        if isinstance(item, type) or not isinstance(item, kind):
+            check_instance(name, item, kind, expected, remedy=remedy)
+    return items
 
 
 def check_dtype(name: str, dtype: torch.dtype, *, also: str = "") -> torch.dtype:

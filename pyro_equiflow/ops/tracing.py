@@ -69,11 +69,11 @@ def is_traced(*tensors: Tensor) -> bool:
     the device ``meta``.
     """
     return (
-        in_torch_func()
+        _interpreter() is not None
         or torch.compiler.is_compiling()
         or _is_jit_tracing()
-        or _is_recorded()
-        or any(tensor.is_meta for tensor in tensors)
+        or (_modes() > 0 and _is_recorded())
+        or (len(tensors) > 0 and any(tensor.is_meta for tensor in tensors))
     )
 
 
