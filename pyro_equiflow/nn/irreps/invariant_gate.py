@@ -24,10 +24,12 @@ from pyro_equiflow.ops.representations import validate_field_type
 # Far outside of data of order one; in a narrower ball fits were worse where lengths matter.
 _RADIUS = 10.0
 
+_CARRIED = 4
+
 # Of squared lengths: what overflows times what vanishes would be no number.
 _LARGEST = 1e30
 
-__all__ = ["InvariantGate", "InvariantGateNet", "hidden_widths"]
+__all__ = ["InvariantGate", "InvariantGateNet", "carried_channels", "hidden_widths"]
 
 
 class InvariantGateNet(SteerableModule):
@@ -103,7 +105,7 @@ class InvariantGateNet(SteerableModule):
         """Makes what follows from the types and widths alone."""
         inputs, outputs = IsotypicLayout(self.in_type), IsotypicLayout(self.out_type)
         irreps_in, irreps_out = (list(zip(own.irreps, own.counts)) for own in (inputs, outputs))
-        mixture = IrrepMixture(irreps_in, irreps_out, max(self.hidden_dims, default=0) // 4, self.tensor_products)
+        mixture = IrrepMixture(irreps_in, irreps_out, carried_channels(self.hidden_dims), self.tensor_products)
         hidden = hidden_widths(self.hidden_dims, mixture.fields)
         self._gate = InvariantGate(inputs, outputs, mixture, hidden, self.function, radius=_RADIUS)
 
@@ -130,6 +132,14 @@ class InvariantGateNet(SteerableModule):
     def expanded(self) -> Expanded:
         """The map above on plain tensors; irreps with channels outermost in memory, scalars with samples outermost."""
         return self._gate.expanded(self._gate.expansion(self.weight), self.bias)
+
+
+def carried_channels(hidden_dims: Sequence[int]) -> int:
+    """Channels aimed at for the irreps carried along.
+
+    XXX
+    """
+    return max(hidden_dims, default=0) // _CARRIED
 
 
 def hidden_widths(hidden_dims: Sequence[int], carried: Sequence[tuple[IrreducibleRepresentation, int]]) -> list[int]:

@@ -106,12 +106,11 @@ class IrrepMap:
         self.num_weights = len(self.init_std)
         self.expansion = EntrywiseExpansion.joined(expansions, [len(own) for own in std])
 
-    def expand(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real."""
-        return self.matrices(self.expansion(weight))
-
     def matrices(self, entries: Tensor) -> tuple[Tensor, ...]:
-        """The same matrices from all of their entries, in the order of :attr:`expansion`."""
+        """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real.
+
+        :param entries: of all matrices, in the order of :attr:`expansion`.
+        """
         matrices = split(entries, [rows * columns for rows, columns in self._shapes])
         return tuple(flat.view(shape) for flat, shape in zip(matrices, self._shapes))
 

@@ -11,7 +11,7 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded
-from pyro_equiflow.nn.irreps.invariant_gate import InvariantGate, hidden_widths
+from pyro_equiflow.nn.irreps.invariant_gate import InvariantGate, carried_channels, hidden_widths
 from pyro_equiflow.nn.irreps.isotypic import IrrepMap, IsotypicLayout
 from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion
 
@@ -59,7 +59,7 @@ class MaskedInvariantGate:
         useful = useful_degrees(in_degrees, out_degrees)
         moving = {irrep.id: irrep for irrep in inputs.irreps if not irrep.is_trivial()}
         sizes = {irrep.id: irrep.size for irrep in [*outputs.irreps, *inputs.irreps] if not irrep.is_trivial()}
-        share = max(hidden_dims) // (4 * max(1, sum(sizes.values())))
+        share = carried_channels(hidden_dims) // max(1, sum(sizes.values()))
         levels = {name: _levels(given[name], wanted.get(name, []), useful) for name in moving}
         mixed = {name: evenly(own, max(len(given[name]), len(own), share)) for name, own in levels.items() if len(own)}
         carried = [(moving[name], len(degrees)) for name, degrees in mixed.items()]
