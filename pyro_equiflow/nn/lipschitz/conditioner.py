@@ -21,7 +21,9 @@ from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["LipschitzConditioner", "Normalized"]
 
-# What rounding may add to a product of bounds, relative, per layer: eight units in the last place of float32.
+# What rounding may add to a product of bounds, relative, per layer: eight units in the last place of float32. A weight
+# is rounded three times, half a unit each, where it is divided by its bound, and the bound, a product of few numbers
+# beside its own allowance, three times; the rest is room.
 _ROUNDING = 1e-6
 
 
