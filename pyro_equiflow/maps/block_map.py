@@ -17,7 +17,7 @@ from pyro_equiflow.ops.coordinates import FieldScalars
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BlockMap", "Head"]
+__all__ = ["BlockMap", "FieldScalars", "Head"]
 
 
 class Head(NamedTuple):

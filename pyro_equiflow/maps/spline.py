@@ -9,13 +9,11 @@ import numpy as np
 from escnn.group import Representation
 from torch import Tensor
 
-from pyro_equiflow.maps.block_map import BlockMap, Head
+from pyro_equiflow.maps.block_map import BlockMap, FieldScalars, Head
 from pyro_equiflow.maps.blocks import Block
 from pyro_equiflow.maps.commutant import Commutant
 from pyro_equiflow.ops.arguments import check_integer, check_number
-from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.coordinates import FieldScalars
-from pyro_equiflow.ops.events import cat_channels
+from pyro_equiflow.ops.channels import ChannelGroups
 from pyro_equiflow.ops.representations import is_permutation
 from pyro_equiflow.ops.splines import MIN_BIN, UnitSpline, num_spline_parameters
 
@@ -79,9 +77,8 @@ class Spline(BlockMap):
         self._radii = FieldScalars(moving, self.spatial_dims)
         fields = [field for block in self.blocks for field in block.fields]
         permuted = np.array([is_permutation(field) for field in fields for _ in range(field.size)])
-        order = np.argsort(~permuted, kind="stable")
         self._num_pointwise = int(permuted.sum())
-        self._constants = Constants(order=order, inverse_order=np.argsort(order))
+        self._groups = ChannelGroups([np.flatnonzero(own) for own in (permuted, ~permuted)], self.spatial_dims)
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The image of ``x`` and the log-det."""
@@ -103,13 +100,10 @@ class Spline(BlockMap):
             return self._radial(x, radial, inverse)
         if not self._radii.number:
             return self._pointwise(x, pointwise, inverse)
-        constants = self._constants.like(x)
-        split = [self._num_pointwise, self._radii.channels]
-        first, second = x.index_select(dim, constants["order"]).split(split, dim)
+        first, second = self._groups.take_apart(x)
         first, ladj = self._pointwise(first, pointwise, inverse)
         second, radial_ladj = self._radial(second, radial, inverse)
-        y = cat_channels([first, second], self.spatial_dims).index_select(dim, constants["inverse_order"])
-        return y, ladj + radial_ladj
+        return self._groups.put_together(first, second), ladj + radial_ladj
 
     def _pointwise(self, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         spline, bound = UnitSpline(raw, self.num_bins, -2 - self.spatial_dims), self.bound

@@ -179,7 +179,7 @@ def check_items(name: str, value: Any, kind: Any, expected: str, *, remedy: str 
     if items is None:
         raise _refused(TypeError, name, expected, value, remedy)
     for item in items:
-        if isinstance(item, type) or not isinstance(item, kind):
+        if type(item) is not kind:
             check_instance(name, item, kind, expected, remedy=remedy)
     return items
 

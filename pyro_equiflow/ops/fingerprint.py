@@ -44,13 +44,14 @@ class Fingerprint:
     __slots__ = ("_grad_enabled", "_marks", "_objects", "_steps", "has_inference_tensors")
 
     def __init__(self, module: torch.nn.Module, tensors: Sequence[Tensor], passing: Sequence[str] = ()) -> None:
-        objects, found = _walk(module, passing)
-        found += tensors
+        objects: list[Any] = []
+        found = list(tensors)
+        _walk(module, passing, objects, found, set())
         objects += found
         self._objects = objects
         self._steps = _optimizer_steps
         #: Whether a tensor of inference mode is among them: those have no version, so a change would not show.
-        self.has_inference_tensors = any(map(Tensor.is_inference, found))
+        self.has_inference_tensors = any(t.is_inference() for t in found)
         self._marks = () if self.has_inference_tensors else [(t._version, t.data_ptr()) for t in found]
 
     def __eq__(self, other: object) -> bool:
@@ -66,29 +67,22 @@ class Fingerprint:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _walk(module: torch.nn.Module, passing: Sequence[str]) -> tuple[list[Any], list[Tensor]]:
-    """What stands in a module and in its parts, and their parameters and buffers.
-
-    By hand, in one call: parameters() and buffers() spend ten times as long on names that nobody wants here.
-    """
-    objects: list[Any] = []
-    tensors: list[Tensor] = []
-    seen, pending = set(), [module]
-    while pending:
-        module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        own = vars(module)
-        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if tensor is not None:
-                tensors.append(tensor)
-        for part in own["_modules"].values():
-            if part is not None:
-                objects.append(part)
-                pending.append(part)
-        objects.append(module.training)
-        if not own.keys().isdisjoint(passing):
-            own = {name: value for name, value in own.items() if name not in passing}
-        objects += own.values()
-    return objects, tensors
+def _walk(
+    module: torch.nn.Module, passing: Sequence[str], objects: list[Any], tensors: list[Tensor], seen: set[int]
+) -> None:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    # By hand: parameters() and buffers() spend ten times as long on names that nobody wants here.
+    own = vars(module)
+    parameters, buffers, parts = own["_parameters"], own["_buffers"], own["_modules"]
+    tensors += [t for t in parameters.values() if t is not None]
+    tensors += [t for t in buffers.values() if t is not None]
+    objects.append(module.training)
+    if any(name in own for name in passing):
+        own = {name: value for name, value in own.items() if name not in passing}
+    objects += own.values()
+    for part in parts.values():
+        if part is not None:
+            objects.append(part)
+            _walk(part, passing, objects, tensors, seen)

@@ -59,7 +59,7 @@ def in_torch_func() -> bool:
 
 def _is_recorded() -> bool:
     """Whether ``make_fx`` or ``torch.export`` writes down what is computed, or tensors are shapes only."""
-    return _modes() > 0 and any(_mode(key) is not None for key in _RECORDING)
+    return any(_mode(key) is not None for key in _RECORDING)
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -68,13 +68,13 @@ def is_traced(*tensors: Tensor) -> bool:
     So under ``torch.func``, ``torch.compile``, ``torch.export``, ``make_fx``, ``torch.jit.trace``, and of tensors on
     the device ``meta``.
     """
-    return (
-        _interpreter() is not None
-        or torch.compiler.is_compiling()
-        or _is_jit_tracing()
-        or (_modes() > 0 and _is_recorded())
-        or (len(tensors) > 0 and any(tensor.is_meta for tensor in tensors))
-    )
+    # One call, since every pass asks several times.
+    if _interpreter() is not None or torch.compiler.is_compiling() or _is_jit_tracing():
+        return True
+    for tensor in tensors:
+        if tensor.is_meta:
+            return True
+    return _modes() > 0 and _is_recorded()
 
 
 def refuse_records(owner: str, *tensors: Tensor) -> None:
@@ -90,7 +90,7 @@ def refuse_records(owner: str, *tensors: Tensor) -> None:
         )
     if torch.compiler.is_compiling() and not _is_exporting():
         return
-    recorded = _is_recorded()
+    recorded = _modes() > 0 and _is_recorded()
     if recorded or any(tensor.is_meta for tensor in tensors):
         where = "of torch.export, make_fx or the like" if recorded else "on the device meta"
         raise NotImplementedError(

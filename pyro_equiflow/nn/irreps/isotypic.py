@@ -18,7 +18,7 @@ from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
 from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion, block_entries
-from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.channels import ChannelOrder
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import IrrepDecomposition
 
@@ -51,22 +51,22 @@ class IsotypicLayout:
         self.trivial = next((i for i, irrep in enumerate(self.irreps) if irrep.is_trivial()), None)
         order = np.concatenate(rows)
         in_order = bool((order == np.arange(len(order))).all())
-        self._constants = Constants(order=None if in_order else order, inverse=None if in_order else np.argsort(order))
+        # Samples stand where the points of a grid would.
+        self._order = None if in_order else ChannelOrder(order, spatial_dims=1)
 
     def prepare(self, x: Tensor) -> None:
         """Makes the index tensors for the dtype and device of ``x``: ``torch.compile`` cannot, while it traces."""
-        self._constants.like(x)
+        if self._order is not None:
+            self._order.apply(x.new_empty(sum(self.sizes), 0))
 
     def split(self, x: Tensor) -> list[Tensor]:
         """One tensor per irrep, ``(count * size, batch)``, of a tensor ``(channels, batch)``."""
-        order = self._constants.like(x)["order"]
-        return split(x if order is None else x.index_select(0, order), self.sizes)
+        return split(x if self._order is None else self._order.apply(x), self.sizes)
 
     def merge(self, components: Sequence[Tensor]) -> Tensor:
         """The tensor ``(channels, batch)`` of which :meth:`split` gives these."""
         x = components[0] if len(components) == 1 else torch.cat(list(components), 0)
-        inverse = self._constants.like(x)["inverse"]
-        return x if inverse is None else x.index_select(0, inverse)
+        return x if self._order is None else self._order.undo(x)
 
 
 class IrrepMap:
