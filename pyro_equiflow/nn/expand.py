@@ -7,6 +7,7 @@ The only file of the package that knows escnn's ``GeometricTensor``.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pyro_equiflow.nn.linear.periodic import pad_periodic
 from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 
-__all__ = ["Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
+__all__ = ["Chain", "Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
 
 
 class Expanded(NamedTuple):
@@ -52,19 +53,22 @@ class Expanded(NamedTuple):
 
 def chained(maps: Sequence[Expanded]) -> Expanded:
     """Expanded maps one after the other."""
-    return Expanded(_Chain(maps), tuple(t for one in maps for t in one.tensors))
+    tensors = itertools.chain.from_iterable([one.tensors for one in maps])
+    return Expanded(Chain([(one.fn, len(one.tensors)) for one in maps]), tuple(tensors))
 
 
-class _Chain:
-    """Functions one after the other, as one.
+class Chain:
+    """Functions one after the other, as one of all their tensors.
+
+    :param functions: each with the number of its tensors.
 
     :ivar per_sample: how many tensors have a row for each sample: weights have none.
     """
 
     per_sample = 0
 
-    def __init__(self, maps: Sequence[Expanded]) -> None:
-        self._functions = [(one.fn, len(one.tensors)) for one in maps]
+    def __init__(self, functions: Sequence[tuple[Callable[..., Tensor], int]]) -> None:
+        self._functions = functions
 
     def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         start = 0

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
+from pyro_equiflow.nn.expand import Chain, Expanded, SteerableModule, expand
 from pyro_equiflow.nn.linear.expansion_plan import JointExpansion
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.ops.architecture import settings
@@ -22,7 +22,7 @@ class PackedLayers:
     """The map of some layers by their weights and biases, each one tensor: an optimizer's cost goes by the number.
 
     :param linears: linear layers; their parameters are taken off them by :meth:`initial`.
-    :param between: the nonlinearities between them, one fewer.
+    :param between: the nonlinearities between them, one fewer, without parameters.
     """
 
     def __init__(
@@ -32,12 +32,18 @@ class PackedLayers:
         self._build()
 
     def _build(self) -> None:
-        self._joint = JointExpansion(
-            [layer.plan for layer in self.linears], [layer.invariants for layer in self.linears]
-        )
+        layers = self.linears
+        self._joint = JointExpansion([layer.plan for layer in layers], [layer.invariants for layer in layers])
+        with_bias = any(layer.invariants.shape[1] for layer in layers)
+        functions: list[tuple[Callable[..., Tensor], int]] = []
+        for layer, nonlinearity in zip(layers, (*self.between, None)):
+            functions.append((layer.affine_map, 2 if with_bias else 1))
+            if nonlinearity is not None:
+                functions.append((expand(nonlinearity).fn, 0))
+        self._chain = Chain(functions)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_joint"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_joint", "_chain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -56,10 +62,12 @@ class PackedLayers:
 
     def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
         """The layers one after the other."""
-        expanded = zip(self.linears, self._joint.filters(weight), self._joint.biases(bias))
-        linears = [layer.with_filter(weight, bias) for layer, weight, bias in expanded]
-        between = [part for pair in zip(linears, map(expand, self.between)) for part in pair]
-        return chained([*between, linears[-1]])
+        tensors: list[Tensor] = []
+        for own_filter, own_bias in zip(self._joint.filters(weight), self._joint.biases(bias)):
+            tensors.append(own_filter)
+            if own_bias is not None:
+                tensors.append(own_bias)
+        return Expanded(self._chain, tuple(tensors))
 
 
 class PackedNet(SteerableModule):

@@ -223,11 +223,11 @@ class InvariantGate:
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
             components = inputs.split(x.mT)
             fields = [v.view(*s, -1) for v, s in zip(mixture.apply(components, tensors[:start]), shapes)]
-            squares = [(v * v).sum(1).clamp(max=_LARGEST) for v in fields]
-            short = [(1 + flattening * square).rsqrt() for square in squares]
-            if not far_lengths:
-                squares = [square * factor * factor for square, factor in zip(squares, short)]
-            scalars = [(1 + square).sqrt() for square in squares]
+            short, scalars = [], []
+            for v in fields:
+                square = (v * v).sum(1).clamp(max=_LARGEST)
+                short.append((1 + flattening * square).rsqrt())
+                scalars.append((1 + (square if far_lengths else square * short[-1] * short[-1])).sqrt())
             if inputs.trivial is not None or not fields:
                 scalars.insert(0, x.mT[:0] if inputs.trivial is None else components[inputs.trivial])
             h = torch.cat(scalars) if len(scalars) > 1 else scalars[0]
@@ -237,8 +237,7 @@ class InvariantGate:
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
                 found[outputs.ids[outputs.trivial]] = t
-            gates = [gate * short[i] for i, gate in zip(gated, gates)]
-            turned = [(fields[i] * gate.unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
+            turned = [(fields[i] * (gate * short[i]).unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
             found |= zip(self._turning, self.out.apply(turned, tensors[stop:]))
             for name, size in zip(outputs.ids, outputs.sizes):
                 if name not in found:  # an irrep that neither the input nor a product holds

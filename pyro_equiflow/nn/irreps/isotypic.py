@@ -102,6 +102,7 @@ class IrrepMap:
             self._shapes.append(index.shape)
             self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
             std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))
+        self._sizes = [rows * columns for rows, columns in self._shapes]
         self.init_std = np.concatenate(std)
         self.num_weights = len(self.init_std)
         self.expansion = EntrywiseExpansion.joined(expansions, [len(own) for own in std])
@@ -111,8 +112,7 @@ class IrrepMap:
 
         :param entries: of all matrices, in the order of :attr:`expansion`.
         """
-        matrices = split(entries, [rows * columns for rows, columns in self._shapes])
-        return tuple(flat.view(shape) for flat, shape in zip(matrices, self._shapes))
+        return tuple(map(Tensor.view, split(entries, self._sizes), self._shapes))
 
     def is_real(self, index: int) -> bool:
         """Whether the endomorphisms of the output's irrep ``index`` are multiples of the identity."""

@@ -158,7 +158,7 @@ class LipschitzConditioner(Conditioner):
         :param spatial_shape: as there; the offset is that on one point without it.
         """
         leaves = _leaves(self.network)
-        linear = [is_linear(leaf) for leaf in leaves]
+        linear = [type(leaf) in WEIGHT_NORMS or is_linear(leaf) for leaf in leaves]
         # Where values are not to be seen the bound is the constant itself.
         seen = not is_traced()
         constants = [1.0 if k else lipschitz_bound(leaf, spatial_shape) for leaf, k in zip(leaves, linear)]
@@ -172,7 +172,7 @@ class LipschitzConditioner(Conditioner):
             if not linear[i]:
                 addends.append(_Addend(constants[i], at_zero=_at_zero(leaf, like, spatial_shape)))
             if i in between:
-                maps.append(between[i].expanded_core())
+                maps.append(between[i].expanded_core)
                 continue
             part = expanded_linear(leaf) if linear[i] else expand(leaf)
             if linear[i]:
@@ -282,6 +282,11 @@ def _functions_between(leaves: Sequence[enn.EquivariantModule], linear: Sequence
 
 def _leaves(module: enn.EquivariantModule) -> list[enn.EquivariantModule]:
     """The modules of nested sequences in order."""
-    if type(module) is not enn.SequentialModule:
-        return [module]
-    return [leaf for part in module._modules.values() for leaf in _leaves(part)]
+    leaves, pending = [], [module]
+    while pending:
+        part = pending.pop()
+        if type(part) is enn.SequentialModule:
+            pending += reversed(part._modules.values())
+        else:
+            leaves.append(part)
+    return leaves
