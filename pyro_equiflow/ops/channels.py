@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 from torch import Tensor
@@ -37,7 +38,7 @@ class ChannelOrder:
 class ChannelGroups:
     """Groups that the channels of events ``(*batch, C, *spatial)`` fall into.
 
-    :param groups: for each group its channels, in the order wanted.
+    :param groups: for each group, two or more, its channels in the order wanted.
     :param spatial_dims: dimensions of the grid.
     """
 
@@ -47,21 +48,22 @@ class ChannelGroups:
         runs = all((np.diff(group) == 1).all() for group in groups)
         self._order = None if runs else ChannelOrder(np.concatenate(groups), spatial_dims)
         starts = [int(group[0]) if runs and len(group) else i for i, group in enumerate(groups)]
-        self._standing = [int(i) for i in np.argsort(starts, kind="stable")]
-        self._sizes = [len(groups[i]) for i in self._standing]
-        self._places = [self._standing.index(i) for i in range(len(groups))]
+        standing = [int(i) for i in np.argsort(starts, kind="stable")]
+        self._sizes = [len(groups[i]) for i in standing]
+        self._as_they_stand = itemgetter(*standing)
+        self._as_given = itemgetter(*map(standing.index, range(len(groups))))
 
-    def take_apart(self, x: Tensor) -> list[Tensor]:
+    def take_apart(self, x: Tensor) -> tuple[Tensor, ...]:
         """The groups of an event."""
         if self._order is not None:
             x = self._order.apply(x)
-        parts = x.split(self._sizes, -1 - self._spatial_dims)
-        return [parts[i] for i in self._places]
+        return self._as_given(x.split(self._sizes, -1 - self._spatial_dims))
 
     def put_together(self, *groups: Tensor) -> Tensor:
-        """The event of some groups, all of the batch shape of the last one or such that broadcast to it."""
+        """The event of some groups, of one batch shape, unless the last one's is larger."""
         dim = -1 - self._spatial_dims
         batch = groups[-1].shape[:dim]
-        parts = [g if g.shape[:dim] == batch else g.expand(*batch, *g.shape[dim:]) for g in groups]
-        x = cat_channels([parts[i] for i in self._standing], self._spatial_dims)
+        if groups[0].shape[:dim] != batch:  # a batch of contexts on one event
+            groups = tuple(g.expand(*batch, *g.shape[dim:]) for g in groups)
+        x = cat_channels(self._as_they_stand(groups), self._spatial_dims)
         return x if self._order is None else self._order.undo(x)
