@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_equiflow import Inverse, MultiScale, image_flow
 from pyro_equiflow.nn import Expanded, SteerableConv, SteerableModule
-from pyro_equiflow.nn.layered import LayeredNet
+from pyro_equiflow.nn.packed import PackedNet
 
 SPACES: dict[str, Callable[[], gspaces.GSpace]] = {
     "C_2": lambda: gspaces.rot2dOnR2(2),
@@ -78,7 +78,7 @@ def with_torchs_layers(flow: Inverse) -> Inverse:
     """A flow of couplings with torch's convolutions in place of ours."""
     for module in list(flow.modules()):
         network = getattr(module, "network", None)
-        if isinstance(network, LayeredNet):
+        if isinstance(network, PackedNet):
             first, *others = map(TorchConv, network.layers.linears)
             pairs = [part for pair in zip(network.layers.between, others) for part in pair]
             module.network = enn.SequentialModule(first, *pairs)

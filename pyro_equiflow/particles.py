@@ -13,12 +13,10 @@ from escnn.group import Group, GroupElement, IrreducibleRepresentation, Represen
 from escnn.nn import FieldType
 from torch import Tensor
 
+from pyro_equiflow._escnn.bases import compute_irrep_embeddings_general
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
-from pyro_equiflow.ops.representations import probe_elements
 
 __all__ = ["particle_permutation", "particle_type"]
-
-_TOLERANCE = 1e-6
 
 
 def helmert(num_particles: int) -> np.ndarray:
@@ -143,37 +141,19 @@ def _tensor_product(product: Group, first: Representation, second: Representatio
     """The outer tensor product, with channels of ``second`` innermost; ``first`` is one irrep in some basis."""
     irreps: list[Any] = []
     blocks, start = [], 0
-    (first_id,) = first.irreps
+    (first_irrep,) = (first.group.irrep(*irrep_id) for irrep_id in first.irreps)
     for irrep_id in second.irreps:
         irrep = second.group.irrep(*irrep_id)
-        joint = product.irrep(first_id, irrep_id)
+        joint = product.irrep(first_irrep.id, irrep_id)
+
+        def factors(element: GroupElement, irrep: Representation = irrep) -> np.ndarray:
+            one, two = product.split_element(element)
+            return np.kron(first_irrep(one), irrep(two))
+
+        # escnn may have the product in another basis. Between real irreps an embedding is orthogonal (Schur).
+        embedding = compute_irrep_embeddings_general(factors, joint)[:, :, 0]
         columns = second.change_of_basis[:, start : start + irrep.size]
-        blocks.append(
-            np.kron(first.change_of_basis, columns) @ _intertwiner(joint, first.group.irrep(*first_id), irrep)
-        )
+        blocks.append(np.kron(first.change_of_basis, columns) @ embedding)
         irreps.append(joint.id)
         start += irrep.size
     return Representation(product, f"{first.name} x {second.name}", irreps, np.concatenate(blocks, 1), [])
-
-
-def _intertwiner(
-    joint: IrreducibleRepresentation, first: IrreducibleRepresentation, second: IrreducibleRepresentation
-) -> np.ndarray:
-    r"""Orthogonal :math:`Q` with :math:`\rho_1 \otimes \rho_2 = Q \rho Q^T`: escnn may have another basis."""
-    elements = probe_elements(joint.group)
-    gram = np.zeros((joint.size**2, joint.size**2))
-    identity = np.eye(joint.size)
-    for element in elements:
-        one, two = joint.group.split_element(element)
-        row = np.kron(np.kron(first(one), second(two)), identity) - np.kron(identity, joint(element).T)
-        gram += row.T @ row / len(elements)
-    values, vectors = np.linalg.eigh(gram)
-    kernel = vectors[:, values < _TOLERANCE]
-    # Which vectors span the kernel is up to the library; what the identity is projected to is not.
-    for start in (identity, *np.eye(joint.size**2).reshape(-1, joint.size, joint.size)):
-        q = (kernel @ (kernel.T @ start.reshape(-1))).reshape(joint.size, joint.size)
-        norm = np.linalg.norm(q)
-        if norm > _TOLERANCE:
-            # Between real irreps an intertwiner is an isometry up to its scale (Schur).
-            return q * np.sqrt(joint.size) / norm
-    raise ValueError(f"expected a representation equivalent to {first} x {second}, found {joint}")

@@ -422,12 +422,12 @@ EXEMPT: dict[str, str] = {
          "split", "auxiliary_log_prob"),
         "an event, whose checks tests/test_errors.py tries for every kind",
     ),
-    **dict.fromkeys(("invariants", "with_filter"), "a hook of the package's own layers, given what they made"),
+    "invariants": "a hook of the package's own layers, given what they made",
     **dict.fromkeys(("normalized", "with_offset"), "as lipschitz_bound, with one argument"),
     "lipschitz_bound": "as the function of that name",
     **dict.fromkeys(
-        ("Block", "BlockMap", "FieldScalars", "Head", "bind", "heads", "inverse", "of_block", "parameters", "squares",
-         "times", "total"),
+        ("Block", "BlockMap", "FieldScalars", "Head", "bind", "heads", "inverse", "of_block", "parameters",
+         "per_channel", "squares", "times", "total"),
         "what a map is written with, or given by a transform; bind checks what one says of itself",
     ),
 }  # fmt: skip

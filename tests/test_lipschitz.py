@@ -297,6 +297,14 @@ class ReexpandedReLU(enn.ReLU):
     """Has a rule of ``expand`` and none of ``lipschitz_bound``."""
 
 
+class RenamedReLU(enn.ReLU):
+    """Rules hold for exact classes: nothing here says that this one computes what its parent does."""
+
+
+class RenamedLinear(SteerableLinear):
+    """Likewise."""
+
+
 @expand.register(ReexpandedReLU)
 def _(module):
     return Expanded(lambda x: 2 * x, ())
@@ -321,6 +329,8 @@ def _refused():
         (doubled(enn.SequentialModule)(enn.ReLU(kind)), TypeError, "found Doubled"),
         (DoubledLinear(kind, kind), TypeError, "found DoubledLinear"),
         (ReexpandedReLU(kind), TypeError, "found ReexpandedReLU"),
+        (RenamedReLU(kind), TypeError, "found RenamedReLU"),
+        (RenamedLinear(kind, kind), TypeError, "found RenamedLinear"),
         (conv(stride=2), ValueError, "'stride': 1.*found.*'stride': 2"),
         (conv(dilation=2, padding=2), ValueError, "'dilation': 2"),
         (conv(padding=0), ValueError, "'padding': 1.*'padding': 0"),

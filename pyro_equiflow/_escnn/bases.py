@@ -18,7 +18,7 @@ import numpy as np
 from escnn.group import _clebsh_gordan, _numerical, directproduct, irrep, representation
 from escnn.group.groups import ico, o3group, octa, so3group
 
-from pyro_equiflow._escnn.elements import candidate_irreps, group_key, probe_elements, walk
+from pyro_equiflow._escnn.elements import candidate_irreps, group_key, kept_by, probe_elements, walk
 from pyro_equiflow._escnn.intertwiners import TIE, embeddings, mean_projector, null_projector
 from pyro_equiflow._escnn.patching import expected, replace
 
@@ -32,32 +32,32 @@ Irreps = list[tuple[tuple, int]]
 # The average over a finite group holds all matrices at once; no more than so many numbers.
 _MOST = 50_000_000
 
-_products: dict[tuple, list[Any]] = {}
-_matrices: dict[tuple, tuple[list, list]] = {}
-_irreps_everywhere: dict[tuple, np.ndarray] = {}
+
+@kept_by(group_key)
+def _products(group: Any) -> list[Any]:
+    """Products of two generators each."""
+    generators = probe_elements(group)
+    return [g @ h for g, h in zip(generators, [*generators[1:], generators[0]])]
 
 
 def _at_generators(rho: Callable[[Any], np.ndarray], group: Any) -> tuple[list, list]:
     """Matrices at elements that generate the group (a dense part of it), and at products of them to check against."""
-    generators, key = probe_elements(group), group_key(group)
-    if key not in _products:
-        _products[key] = [g @ h for g, h in zip(generators, [*generators[1:], generators[0]])]
-    return [np.asarray(rho(g)) for g in generators], [np.asarray(rho(g)) for g in _products[key]]
+    return [np.asarray(rho(g)) for g in probe_elements(group)], [np.asarray(rho(g)) for g in _products(group)]
 
 
+def _irrep_key(psi: Any) -> tuple:
+    return (*group_key(psi.group), psi.id)
+
+
+@kept_by(_irrep_key)
 def _irrep_matrices(psi: Any) -> tuple[list, list]:
-    key = (*group_key(psi.group), psi.id)
-    if key not in _matrices:
-        _matrices[key] = _at_generators(psi, psi.group)
-    return _matrices[key]
+    return _at_generators(psi, psi.group)
 
 
+@kept_by(_irrep_key)
 def _everywhere(psi: Any) -> np.ndarray:
     """The irrep's matrices at all elements of a finite group, in the order of the walk."""
-    key = (*group_key(psi.group), psi.id)
-    if key not in _irreps_everywhere:
-        _irreps_everywhere[key] = walk(psi.group, probe_elements(psi.group)).matrices(_irrep_matrices(psi)[0])
-    return _irreps_everywhere[key]
+    return walk(psi.group, probe_elements(psi.group)).matrices(_irrep_matrices(psi)[0])
 
 
 def _embeddings_of(psi: Any, rho: tuple[list, list]) -> np.ndarray:

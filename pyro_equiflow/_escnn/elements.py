@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which elements of a group are enough, and which irreps: decided here for everything above."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from escnn.group import O2, O3, SO2, SO3, DirectProductGroup, GroupElement
 
-__all__ = ["Walk", "candidate_irreps", "group_key", "probe_elements", "walk"]
+__all__ = ["Walk", "candidate_irreps", "group_key", "kept_by", "probe_elements", "walk"]
 
 # ---- elements that decide ---------------------------------------------------------------------
 
@@ -20,11 +21,33 @@ def group_key(group: Any) -> tuple:
     return type(group).__name__, repr(sorted(group._keys.items()))
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def kept_by(key: Callable[..., tuple]) -> Callable[[_Function], _Function]:
+    """Keeps what a function gives, by a key of its arguments: functools.cache would ask for the groups' hashes."""
+
+    def decorate(function: _Function) -> _Function:
+        known: dict[tuple, Any] = {}
+
+        @functools.wraps(function)
+        def ask(*args: Any) -> Any:
+            asked = key(*args)
+            if asked not in known:
+                known[asked] = function(*args)
+            return known[asked]
+
+        return cast("_Function", ask)
+
+    return decorate
+
+
 # No multiple of the golden angle comes closer to a whole turn than that of any other angle does (Hurwitz): the n-th
 # stays 2.8 / n away, so that irreps of unlike frequencies are told apart far above rounding.
 _GOLDEN = math.pi * (math.sqrt(5) - 1)
 
 
+@kept_by(group_key)
 def probe_elements(group: Any) -> tuple[GroupElement, ...]:
     """Elements that decide whether a linear statement holds on the whole group: they generate a dense part of it.
 
@@ -33,16 +56,6 @@ def probe_elements(group: Any) -> tuple[GroupElement, ...]:
     product by those of its factors, of which it is made: of elements drawn at random too few might meet all of its
     components. For a group that is none of escnn's its own testing elements are taken.
     """
-    key = group_key(group)
-    if key not in _probes:
-        _probes[key] = _probe_elements(group)
-    return _probes[key]
-
-
-_probes: dict[tuple, tuple[GroupElement, ...]] = {}
-
-
-def _probe_elements(group: Any) -> tuple[GroupElement, ...]:
     if group.order() == 1:
         return (group.identity,)
     if isinstance(group, DirectProductGroup):
@@ -93,32 +106,27 @@ class Walk:
         return found
 
 
-_walks: dict[tuple, Walk] = {}
-
-
+@kept_by(lambda group, generators: (*group_key(group), tuple(map(repr, generators))))
 def walk(group: Any, generators: Sequence[GroupElement]) -> Walk:
     """The walk through a finite group: one product an element and generator, where its table has order squared.
 
     :raises ValueError: the elements given do not generate the group.
     """
-    key = (*group_key(group), tuple(map(repr, generators)))
-    if key not in _walks:
-        numbers = {group.identity: 0}
-        elements, steps = [group.identity], []
-        images: list[list[int]] = []
-        for before, element in enumerate(elements):  # grows meanwhile
-            images.append([])
-            for generator, g in enumerate(generators):
-                product = g @ element
-                number = numbers.setdefault(product, len(elements))
-                if number == len(elements):
-                    elements.append(product)
-                    steps.append((before, generator))
-                images[-1].append(number)
-        if len(elements) != group.order():
-            raise ValueError(f"expected generators of {group}, found {len(elements)} elements")
-        _walks[key] = Walk(elements, steps, np.array(images, dtype=np.int64).reshape(len(elements), -1).T)
-    return _walks[key]
+    numbers = {group.identity: 0}
+    elements, steps = [group.identity], []
+    images: list[list[int]] = []
+    for before, element in enumerate(elements):  # grows meanwhile
+        images.append([])
+        for generator, g in enumerate(generators):
+            product = g @ element
+            number = numbers.setdefault(product, len(elements))
+            if number == len(elements):
+                elements.append(product)
+                steps.append((before, generator))
+            images[-1].append(number)
+    if len(elements) != group.order():
+        raise ValueError(f"expected generators of {group}, found {len(elements)} elements")
+    return Walk(elements, steps, np.array(images, dtype=np.int64).reshape(len(elements), -1).T)
 
 
 # ---- irreps of continuous groups, as many as it takes -------------------------------------------

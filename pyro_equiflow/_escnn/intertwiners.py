@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases of intertwiners that depend on the space they span and on nothing else: matrices alone, nothing of groups."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import linalg
 
-__all__ = ["TIE", "embeddings", "mean_projector", "null_projector"]
+__all__ = ["TIE", "canonical_basis", "embeddings", "mean_projector", "null_projector"]
 
 # Singular values of the constraint below this are zero. The smallest of the others is about 2 sin(pi / N) for a cyclic
 # group of order N, 3 over the difference of frequencies for the circle.
 _ZERO = 1e-8
-# Candidates for a pivot whose projections' squared lengths differ by less count as equal, so that
+# Candidates for a pivot whose projections' squared lengths differ by less, relatively, count as equal, so that
 # rounding never decides between them.
 TIE = 1e-6
 
@@ -60,29 +60,45 @@ def mean_projector(rho: np.ndarray, psi: np.ndarray) -> np.ndarray:
 def embeddings(projector: np.ndarray, endomorphisms: np.ndarray) -> np.ndarray:
     r"""A basis of the intertwiners :math:`W \psi(g) = \rho(g) W` that depends on their space alone.
 
-    The null space of the constraint is known only up to a rotation, which differs from one linear
-    algebra library to another; its orthogonal projector is unique. Of the projections of unit
-    matrices the longest (the first of equals) is taken, with all its images under the irrep's
-    endomorphisms removed, and again, until nothing is left.
-
     :param projector: onto the intertwiners, ``(size d, size d)``.
-    :param endomorphisms: a basis of what commutes with the irrep, ``(1, 2 or 4, d, d)``.
+    :param endomorphisms: a basis of what commutes with the irrep, ``(1, 2 or 4, d, d)``: images under them go
+        together.
     :returns: ``(size, d, m)`` with ``m`` the multiplicity; the ``m`` embeddings are isometries with
         orthogonal images where ``rho`` is orthogonal.
     """
-    d = endomorphisms.shape[-1]
-    size = projector.shape[0] // d
-    rank = projector.trace() / endomorphisms.shape[0]
-    copies = round(rank)
-    if abs(rank - copies) > TIE:
+    number, d = endomorphisms.shape[0], endomorphisms.shape[-1]
+    copies = round(projector.trace() / number)
+    if abs(projector.trace() / number - copies) > TIE:
         raise np.linalg.LinAlgError("the constraint does not determine the intertwiners")
-    chosen = np.zeros((size, d, copies))
-    for copy in range(copies):
-        lengths = projector.diagonal()
-        pivot = np.flatnonzero(lengths > lengths.max() - TIE)[0]
-        w = (projector[:, pivot] / np.sqrt(lengths[pivot])).reshape(size, d)
-        chosen[:, :, copy] = w * np.sqrt(d)
-        orbit = (w @ endomorphisms).reshape(endomorphisms.shape[0], -1)
-        q, _ = np.linalg.qr(orbit.T)
-        projector = projector - q @ q.T
+    chosen = canonical_basis(projector, copies, lambda w: (w.reshape(-1, d) @ endomorphisms).reshape(number, -1))
+    return np.sqrt(d) * chosen.reshape(copies, len(projector) // d, d).transpose(1, 2, 0)
+
+
+def canonical_basis(
+    spanning: np.ndarray, number: int, orbit: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    r"""A basis of a space that depends on the space alone: pivoted Gram-Schmidt on the columns of its projector.
+
+    What a solver returns for a null space is known only up to a rotation, which differs from one linear algebra library
+    to another; its orthogonal projector :math:`P = S^T S` is unique. Of the projections of unit vectors the longest
+    (the first of equals) is taken, its images are removed, and again.
+
+    :param spanning: :math:`S`, ``(coordinates, entries)``: orthonormal rows, or the projector itself; of all entries at
+        least those from which the others follow.
+    :param number: how many vectors are taken.
+    :param orbit: coordinates of the images of a vector that are removed with it, ``(images, coordinates)``; by default
+        the vector alone.
+    :returns: ``(number, entries)``, each vector of length 1 over all entries.
+    """
+    removed = np.zeros((0, len(spanning)))
+    chosen = np.empty((number, spanning.shape[1]))
+    lengths = np.einsum("ij,ij->j", spanning, spanning)  # the projector's diagonal, less what is removed
+    for k in range(number):
+        pivot = int(np.argmax(lengths > lengths.max() * (1 - TIE)))
+        vector = spanning[:, pivot] - removed.T @ (removed @ spanning[:, pivot])
+        vector /= np.linalg.norm(vector)
+        images = vector[None] if orbit is None else np.linalg.qr(orbit(vector).T)[0].T
+        chosen[k] = vector @ spanning
+        lengths -= np.square(chosen[k : k + 1] if orbit is None else images @ spanning).sum(0)
+        removed = np.concatenate([removed, images])
     return chosen

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_equiflow.ops.arguments import check_flag, check_number
-from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.coordinates import IrrepCoordinates
 from pyro_equiflow.ops.events import channel_matmul, check_sides, event_dim
-from pyro_equiflow.ops.representations import IrrepDecomposition, validate_field_type
+from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.support import real_events
 from pyro_equiflow.ops.tracing import full_precision
 
@@ -67,11 +67,11 @@ class InvariantNormal(TorchDistribution):
         spatial_shape = check_sides(spatial_shape, event_dim(field_type) - 1)
         if validate_args is not None:
             check_flag("validate_args", validate_args, also="None")
-        decomposition = IrrepDecomposition(field_type)
+        self._coordinates = IrrepCoordinates(field_type)
         self.field_type = field_type
         self.spatial_shape = spatial_shape
-        self.num_scales = len(decomposition.blocks)
-        self.num_locs = len(decomposition.trivial)
+        self.num_scales = self._coordinates.irreps.number
+        self.num_locs = len(self._coordinates.trivial)
         for name, value, interval in (("loc", loc, "(-inf, inf)"), ("scale", scale, "(0, inf)")):
             if not isinstance(value, Tensor):
                 check_number(name, value, interval, also="a tensor")
@@ -87,13 +87,6 @@ class InvariantNormal(TorchDistribution):
         for name, value, count in (("loc", self.loc, self.num_locs), ("scale", self.scale, self.num_scales)):
             if value.shape[-1:] != (count,):
                 raise ValueError(f"{name}: expected shape (*batch, {count}), found {tuple(value.shape)}")
-        basis = decomposition.change_of_basis
-        self._constants = Constants(
-            basis=None if decomposition.is_identity else basis,
-            invariants=basis[:, decomposition.trivial],
-            channel_of=decomposition.block_of_channel,
-            sizes=decomposition.sizes.astype(float),
-        )
         batch_shape = torch.broadcast_shapes(self.loc.shape[:-1], self.scale.shape[:-1])
         super().__init__(batch_shape, torch.Size((field_type.size, *spatial_shape)), validate_args=validate_args)
 
@@ -113,50 +106,40 @@ class InvariantNormal(TorchDistribution):
             validate_args=False,
         )
 
-    def _on_event(self, values: Tensor) -> Tensor:
-        return values[(...,) + len(self.spatial_shape) * (None,)]
-
-    def _mean(self) -> Tensor:
-        return self._on_event(self.loc @ self._constants.like(self.loc)["invariants"].T)
-
     def _channel_scale(self) -> Tensor:
-        return self._on_event(self.scale.index_select(-1, self._constants.like(self.scale)["channel_of"]))
-
-    def _rotate(self, x: Tensor, back: bool = False) -> Tensor:
-        basis = self._constants.like(x)["basis"]
-        if basis is None:
-            return x
-        return channel_matmul(basis.T if back else basis, x, len(self.spatial_shape))
+        return self._coordinates.irreps.per_channel(self._coordinates.everywhere(self.scale))
 
     @full_precision
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws with gradients to ``loc`` and ``scale``: shape ``sample_shape + batch_shape + event_shape``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         noise = torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device)
-        return self._rotate(noise * self._channel_scale()) + self._mean()
+        return self._coordinates.event(noise * self._channel_scale()) + self._coordinates.invariant(self.loc)
 
     @full_precision
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of the value's batch shape broadcast with the distribution's."""
         if self._validate_args:
             self._validate_sample(value)
-        standard = self._rotate(value - self._mean(), back=True) / self._channel_scale()
+        centred = value - self._coordinates.invariant(self.loc)
+        standard = self._coordinates.coordinates(centred) / self._channel_scale()
         quadratic = standard.square().flatten(-len(self.event_shape)).sum(-1)
-        positions = math.prod(self.spatial_shape)
-        log_det = positions * (self.scale.log() @ self._constants.like(self.scale)["sizes"])
+        log_scale = self._coordinates.everywhere(self.scale.log())
+        log_det = math.prod(self.spatial_shape) * self._coordinates.irreps.total(log_scale)
         return -0.5 * quadratic - log_det - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
 
     @property
     @full_precision
     def mean(self) -> Tensor:
         """The mean, an invariant event: shape ``batch_shape + event_shape``."""
-        return self._mean().expand(self.batch_shape + self.event_shape)
+        return self._coordinates.invariant(self.loc).expand(self.batch_shape + self.event_shape)
 
     @property
     @full_precision
     def variance(self) -> Tensor:
         """The variance of each channel, shape ``batch_shape + event_shape``."""
-        scale = self.scale.index_select(-1, self._constants.like(self.scale)["channel_of"])
-        basis = self._constants.like(scale)["basis"]
-        variance = scale.square() if basis is None else scale.square() @ basis.square().T
-        return self._on_event(variance).expand(self.batch_shape + self.event_shape)
+        variance, basis = self._channel_scale().square(), self._coordinates.basis
+        if basis is not None:
+            squares = torch.as_tensor(basis**2).to(variance)
+            variance = channel_matmul(squares, variance, len(self.spatial_shape))
+        return variance.expand(self.batch_shape + self.event_shape)

@@ -32,7 +32,8 @@ class Affine(BlockMap):
         >>> equivariant_coupling(vectors, transformer=Affine(log_scale_bound=1.0))(torch.randn(5, 9)).shape
         torch.Size([5, 9])
 
-    :param log_scale_bound: the bound :math:`b`, positive; by default a factor of 20 either way in one step.
+    :param log_scale_bound: the bound :math:`b`, positive. By default a factor of :math:`e^3 = 20` either way: data of
+        order one need no more in one step, and 29 such steps in a row stay within the range of float32.
     :raises TypeError: a bound that is no number.
     :raises ValueError: one that is not positive.
 

@@ -7,76 +7,17 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from escnn.group import Representation
 from torch import Tensor
 
 from pyro_equiflow.maps.blocks import Block
 from pyro_equiflow.ops.arguments import check_items
-from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import channel_matmul
+from pyro_equiflow.ops.coordinates import FieldScalars
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["BlockMap", "FieldScalars", "Head"]
-
-
-class FieldScalars:
-    """Numbers that act on a block's channels: one per channel of a permutation field, one per irrep.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_equiflow.maps import FieldScalars
-        >>> scalars = FieldScalars([2, 1], spatial_dims=0)
-        >>> scalars.times(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 0.0]))
-        tensor([10., 20.,  0.])
-        >>> scalars.squares(torch.tensor([1.0, 2.0, 3.0])), scalars.total(torch.tensor([1.0, 5.0]))
-        (tensor([5., 9.]), tensor(7.))
-
-    :param repeats: how many channels each number stands for.
-    :param spatial_dims: dimensions of the grid.
-    """
-
-    def __init__(self, repeats: Sequence[int], spatial_dims: int) -> None:
-        counts = np.array(repeats, dtype=int)
-        self.number, self.channels = len(counts), int(counts.sum())
-        self.spatial_dims = spatial_dims
-        # Channels of every number, where all have equally many: then no index is needed.
-        self.uniform = int(counts[0]) if self.number and (counts == counts[0]).all() else 0
-        channel_of = np.repeat(np.arange(self.number), counts)
-        self._constants = Constants(
-            channel_of=channel_of,
-            repeats=counts.astype(float),
-            members=(channel_of == np.arange(self.number)[:, None]).astype(float),
-        )
-
-    def times(self, x: Tensor, factors: Tensor) -> Tensor:
-        """The channels, each times the factor of its field."""
-        dim = -1 - self.spatial_dims
-        if self.uniform == 1:
-            return x * factors
-        if self.uniform:
-            fields = x.unflatten(dim, (self.number, self.uniform))
-            return (fields * factors.unsqueeze(dim)).flatten(dim - 1, dim)
-        return x * factors.index_select(dim, self._constants.like(factors)["channel_of"])
-
-    def squares(self, x: Tensor) -> Tensor:
-        """The sum of squares of each number's channels."""
-        dim = -1 - self.spatial_dims
-        squares = x * x
-        if self.uniform:
-            return squares if self.uniform == 1 else squares.unflatten(dim, (self.number, self.uniform)).sum(dim)
-        return channel_matmul(self._constants.like(x)["members"], squares, self.spatial_dims)
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over channels and positions, of shape ``batch``."""
-        if self.spatial_dims:
-            values = values.flatten(-self.spatial_dims).sum(-1)
-        if self.uniform:
-            return self.uniform * values.sum(-1)
-        return values @ self._constants.like(values)["repeats"]
 
 
 class Head(NamedTuple):

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from escnn.group import Representation
 from escnn.nn import FieldType
-from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_choice
-from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import channel_matmul
+from pyro_equiflow.ops.coordinates import Coordinates
 from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation
 
 __all__ = ["Block", "BlockLayout", "block_layout"]
@@ -49,35 +47,21 @@ class Block:
         return tuple(r for f in self.fields for r in (f.size * (1,) if is_permutation(f) else (f.size,)))
 
 
-class BlockLayout:
+class BlockLayout(Coordinates):
     r"""An event written in coordinates :math:`z = P^T x` in which invariant subspaces are runs of channels.
 
     :ivar blocks: the blocks in order.
-    :ivar basis: :math:`P`, orthogonal float64 of shape ``(C, C)``; ``None`` where it is the identity.
-    :ivar spatial_dims: dimensions of the grid.
     """
 
     def __init__(self, blocks: list[Block], basis: np.ndarray | None, spatial_dims: int) -> None:
+        super().__init__(basis, spatial_dims)
         self.blocks = tuple(blocks)
-        self.basis = basis
-        self.spatial_dims = spatial_dims
-        self._constants = Constants(basis=basis)
         self.sizes = [sum(field.size for field in block.fields) for block in blocks]
         self.starts = np.cumsum([0, *self.sizes[:-1]]).tolist()
 
     def names(self) -> list[list[str]]:
         """The names of the blocks' fields."""
         return [[field.name for field in block.fields] for block in self.blocks]
-
-    def coordinates(self, x: Tensor) -> Tensor:
-        """An event's coordinates :math:`z`, shape ``(*batch, C, *spatial)``."""
-        basis = self._constants.like(x)["basis"]
-        return x if basis is None else channel_matmul(basis.T, x, self.spatial_dims)
-
-    def event(self, z: Tensor) -> Tensor:
-        """The event of some coordinates."""
-        basis = self._constants.like(z)["basis"]
-        return z if basis is None else channel_matmul(basis, z, self.spatial_dims)
 
     def first_half(self, start: int = 0) -> list[int]:
         """The first blocks up to half of the channels, at least one, never all.

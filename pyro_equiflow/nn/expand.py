@@ -7,6 +7,7 @@ The only file of the package that knows escnn's ``GeometricTensor``.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pyro_equiflow.nn.linear.periodic import pad_periodic
 from pyro_equiflow.ops.arguments import check_instance
 from pyro_equiflow.ops.representations import validate_field_type, validate_over
 
-__all__ = ["Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
+__all__ = ["Chain", "Expanded", "SteerableModule", "WithPullback", "chained", "expand"]
 
 
 class Expanded(NamedTuple):
@@ -50,33 +51,36 @@ class Expanded(NamedTuple):
         return self.fn(x, *self.tensors)
 
 
-def chained(parts: Sequence[Expanded]) -> Expanded:
+def chained(maps: Sequence[Expanded]) -> Expanded:
     """Expanded maps one after the other."""
-    return Expanded(_Chain(parts), tuple(t for part in parts for t in part.tensors))
+    tensors = itertools.chain.from_iterable([one.tensors for one in maps])
+    return Expanded(Chain([(one.fn, len(one.tensors)) for one in maps]), tuple(tensors))
 
 
-class _Chain:
-    """Functions one after the other, as one.
+class Chain:
+    """Functions one after the other, as one of all their tensors.
+
+    :param functions: each with the number of its tensors.
 
     :ivar per_sample: how many tensors have a row for each sample: weights have none.
     """
 
     per_sample = 0
 
-    def __init__(self, parts: Sequence[Expanded]) -> None:
-        self._parts = [(part.fn, len(part.tensors)) for part in parts]
+    def __init__(self, functions: Sequence[tuple[Callable[..., Tensor], int]]) -> None:
+        self._functions = functions
 
     def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         start = 0
-        for function, count in self._parts:
+        for function, count in self._functions:
             x = function(x, *tensors[start : start + count])
             start += count
         return x
 
     def linearize(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-        """The value with its graph, and the function ``p -> p^T J`` without one; ``None`` if a part has no pullback."""
+        """The value with its graph, and the function ``p -> p^T J`` without one; ``None`` if one has no pullback."""
         pulls, start = [], 0
-        for function, count in self._parts:
+        for function, count in self._functions:
             if not isinstance(function, WithPullback):
                 return None
             own = tensors[start : start + count]
@@ -115,9 +119,9 @@ def expand(module: enn.EquivariantModule) -> Expanded:
     """Expands a steerable module's weights and gives its map on plain tensors.
 
     Dispatches on the module's class; register a rule for a class of your own with
-    ``@expand.register(MyModule)``. A class without a rule, or with a ``forward`` of its own under a rule of its base
-    class, runs as it is through ``GeometricTensor``, weights expanded at every call, with no tensors to
-    differentiate by ``torch.func``.
+    ``@expand.register(MyModule)``. The rules for escnn's own layers hold for exactly these classes: a subclass may
+    compute something else. Whatever has no rule runs as it is through ``GeometricTensor``, weights expanded at every
+    call, with no tensors to differentiate by ``torch.func``.
 
     Example::
 
@@ -135,7 +139,7 @@ def expand(module: enn.EquivariantModule) -> Expanded:
     :raises TypeError: not an ``EquivariantModule``.
     """
     check_instance("module", module, enn.EquivariantModule, "an escnn.nn.EquivariantModule")
-    return _as_it_is(module)
+    return _ESCNN_RULES.get(type(module), _as_it_is)(module)
 
 
 def _as_it_is(module: enn.EquivariantModule) -> Expanded:
@@ -194,39 +198,23 @@ def _(module: SteerableModule) -> Expanded:
     return module.expanded()
 
 
-def _rule(kind: type) -> Callable[[Callable[[Any], Expanded]], None]:
-    """Registers a rule for an escnn class; a subclass with a ``forward`` of its own computes something else."""
-
-    def register(rule: Callable[[Any], Expanded]) -> None:
-        def checked(module: Any) -> Expanded:
-            same = type(module).forward is kind.forward  # type: ignore[attr-defined]
-            return rule(module) if same else _as_it_is(module)
-
-        expand.register(kind, checked)
-
-    return register
+# ---- escnn's own layers -------------------------------------------------------------------------------------------
 
 
-@_rule(enn.SequentialModule)
-def _(module: enn.SequentialModule) -> Expanded:
+def _expand_sequence(module: enn.SequentialModule) -> Expanded:
     # Not children(): it leaves out a module that stands in the sequence twice.
     return chained([expand(child) for child in module._modules.values()])
 
 
-@_rule(enn.IdentityModule)
-def _(module: enn.IdentityModule) -> Expanded:
-    return Expanded(lambda x: x, ())
-
-
-@_rule(enn.Linear)
-def _(module: enn.Linear) -> Expanded:
+def _expand_linear(module: enn.Linear) -> Expanded:
     matrix, bias = module.expand_parameters()
     return Expanded(F.linear, (matrix,) if bias is None else (matrix, bias))
 
 
-def _expand_conv(module: Any, convolve: Callable[..., Tensor]) -> Expanded:
+def _expand_conv(module: Any) -> Expanded:
     weight, bias = module.expand_parameters()
     dimensions = module.d
+    convolve: Callable[..., Tensor] = F.conv2d if dimensions == 2 else F.conv3d
     mode = module.padding_mode
     options = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
     if mode == "zeros":
@@ -244,26 +232,13 @@ def _expand_conv(module: Any, convolve: Callable[..., Tensor]) -> Expanded:
     return Expanded(fn, (weight,) if bias is None else (weight, bias))
 
 
-@_rule(enn.R2Conv)
-def _(module: enn.R2Conv) -> Expanded:
-    return _expand_conv(module, F.conv2d)
-
-
-@_rule(enn.R3Conv)
-def _(module: enn.R3Conv) -> Expanded:
-    return _expand_conv(module, F.conv3d)
-
-
-def _pointwise(function: Callable[[Tensor], Tensor], kind: type) -> None:
-    @_rule(kind)
-    def _(module: enn.EquivariantModule) -> Expanded:
-        return Expanded(function, ())
-
-
-_pointwise(F.relu, enn.ReLU)
-
-
-@_rule(enn.ELU)
-def _(module: enn.ELU) -> Expanded:
-    alpha = module.alpha
-    return Expanded(lambda x: F.elu(x, alpha), ())
+# By exact class: what a subclass computes its parent's rule does not know.
+_ESCNN_RULES: dict[type, Callable[[Any], Expanded]] = {
+    enn.SequentialModule: _expand_sequence,
+    enn.IdentityModule: lambda module: Expanded(lambda x: x, ()),
+    enn.Linear: _expand_linear,
+    enn.R2Conv: _expand_conv,
+    enn.R3Conv: _expand_conv,
+    enn.ReLU: lambda module: Expanded(F.relu, ()),
+    enn.ELU: lambda module: Expanded(functools.partial(F.elu, alpha=module.alpha), ()),
+}

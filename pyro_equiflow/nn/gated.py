@@ -44,7 +44,7 @@ class Gates:
     def plain(self, x: Tensor) -> Tensor:
         """The map as torch differentiates it."""
         dim = self._dim
-        s, u, fields = self._parts(x)
+        s, u, fields = self._split(x)
         lengths = torch.cat([(v * v).sum(dim + 1) for v in fields], dim).add(1.0).sqrt()
         gates = torch.sigmoid(u).split(self._invariants[1:], dim)
         gated = [(v * gate.unsqueeze(dim + 1)).flatten(dim, dim + 1) for v, gate in zip(fields, gates)]
@@ -53,8 +53,8 @@ class Gates:
     def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map without a graph, and the sigmoids of scalars and gates."""
         dim, out = self._dim, torch.empty_like(x)
-        s, _, fields = self._parts(x)
-        s_out, lengths, fields_out = self._parts(out)
+        s, _, fields = self._split(x)
+        s_out, lengths, fields_out = self._split(out)
         sigmoids = torch.sigmoid(x.narrow(dim, 0, sum(self._joined)))
         s_sigmoids, *gates = torch.split_with_sizes(sigmoids, self._invariants, dim)
         torch.mul(s, s_sigmoids, out=s_out)
@@ -67,10 +67,10 @@ class Gates:
     def gradient(self, upstream: Tensor, x: Tensor, out: Tensor, sigmoids: Tensor) -> Tensor:
         """The gradient by ``x``, without a graph, from what :meth:`value` found."""
         dim, grad = self._dim, torch.empty_like(x)
-        _, _, fields = self._parts(x)
-        s_out, lengths, _ = self._parts(out)
-        s_up, lengths_up, fields_up = self._parts(upstream)
-        s_grad, u_grad, fields_grad = self._parts(grad)
+        _, _, fields = self._split(x)
+        s_out, lengths, _ = self._split(out)
+        s_up, lengths_up, fields_up = self._split(upstream)
+        s_grad, u_grad, fields_grad = self._split(grad)
         s_sigmoids, u_sigmoids = torch.split_with_sizes(sigmoids, self._joined, dim)
         s_rest, u_rest = torch.split_with_sizes(1 - sigmoids, self._joined, dim)
         torch.mul(s_up, torch.addcmul(s_sigmoids, s_out, s_rest), out=s_grad)
@@ -81,7 +81,7 @@ class Gates:
         u_grad.mul_(u_sigmoids).mul_(u_rest)
         return grad
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Scalars, what stands in the gates' places, and the fields ``(..., number, size, ...)`` of each run."""
         dim, shape = self._dim, x.shape
         s, u, *fields = torch.split_with_sizes(x, self._sizes, dim)

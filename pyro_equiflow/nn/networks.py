@@ -10,8 +10,7 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 
 from pyro_equiflow.nn.irreps.invariant_gate import InvariantGateNet
-from pyro_equiflow.nn.irreps.parts import IrrepParts
-from pyro_equiflow.nn.layered import LayeredNet
+from pyro_equiflow.nn.irreps.isotypic import is_of_irreps
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear, check_kernel, steerable_layer
 from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import (
@@ -21,10 +20,11 @@ from pyro_equiflow.nn.nonlinearities import (
     PointwiseNonLinearity,
     require_one_lipschitz,
 )
+from pyro_equiflow.nn.packed import PackedNet
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
-from pyro_equiflow.ops.representations import IrrepDecomposition, is_permutation, validate_field_type, validate_over
+from pyro_equiflow.ops.representations import IrrepDecomposition, validate_field_type, validate_over
 
-__all__ = ["check_network", "gates_by_invariants", "hidden_layer", "lipschitz_net", "steerable_net"]
+__all__ = ["gates_by_invariants", "hidden_layer", "hidden_layers", "lipschitz_net", "steerable_net"]
 
 
 def steerable_net(
@@ -63,18 +63,13 @@ def steerable_net(
     :param zero_init: whether the last layer starts at zero, so that the transform starts as the identity.
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity.
     """
-    hidden_dims = check_network(
-        in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init
-    )
-    layers = [
-        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function) for width in hidden_dims
-    ]
+    layers = hidden_layers(in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init)
     if gates_by_invariants(in_type, out_type, layers):
         net = InvariantGateNet(in_type, out_type, hidden_dims, function)
         if zero_init:
             net.zero_output()
         return net
-    return LayeredNet(_linears(in_type, out_type, layers, kernel_size, padding_mode), layers, zero_init)
+    return PackedNet(_linears(in_type, out_type, layers, kernel_size, padding_mode), layers, zero_init)
 
 
 def lipschitz_net(
@@ -119,14 +114,9 @@ def lipschitz_net(
     :raises ValueError: unlike gspaces, a size that is not positive, an unknown nonlinearity, a function that expands
         distances.
     """
-    hidden_dims = check_network(
-        in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init
+    layers = hidden_layers(
+        in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init, lipschitz=True
     )
-    require_one_lipschitz(function)
-    layers = [
-        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=True)
-        for width in hidden_dims
-    ]
     linears = _linears(in_type, out_type, layers, kernel_size, padding_mode)
     for linear, hidden in zip(linears, layers):
         if isinstance(hidden, LipschitzGate) and linear.bias is not None:
@@ -139,7 +129,7 @@ def lipschitz_net(
     return enn.SequentialModule(*between, linears[-1])
 
 
-def check_network(
+def hidden_layers(
     in_type: enn.FieldType,
     out_type: enn.FieldType,
     hidden_dims: Sequence[int],
@@ -148,19 +138,24 @@ def check_network(
     kernel_size: int,
     padding_mode: str,
     zero_init: bool,
-) -> tuple[int, ...]:
-    """Raises unless all arguments of a builder are sound, those too that the present types have no use for.
-
-    :return: the hidden layers' channels.
-    """
+    *,
+    lipschitz: bool = False,
+) -> list[PointwiseNonLinearity | FieldGates]:
+    """The nonlinearities of a network. All arguments of its builder are checked, those too that it has no use for."""
     validate_field_type(in_type, "in_type")
     validate_over(in_type.gspace, out_type, "out_type")
     if nonlinearity is not None:
         check_choice("nonlinearity", nonlinearity, ("pointwise", "gated"), also="None")
     check_choice("function", function, FUNCTIONS)
+    if lipschitz:
+        require_one_lipschitz(function)
     check_kernel(kernel_size, padding_mode)
     check_flag("zero_init", zero_init)
-    return check_integers("hidden_dims", hidden_dims, 1)
+    widths = check_integers("hidden_dims", hidden_dims, 1)
+    return [
+        hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function, lipschitz=lipschitz)
+        for width in widths
+    ]
 
 
 def gates_by_invariants(
@@ -168,7 +163,7 @@ def gates_by_invariants(
 ) -> bool:
     """Whether a network of invariants takes the place of hidden layers with gates."""
     gated = any(isinstance(layer, FieldGates) for layer in layers)
-    return gated and IrrepParts.fit(in_type) and IrrepParts.fit(out_type)
+    return gated and is_of_irreps(in_type) and is_of_irreps(out_type)
 
 
 def _linears(
@@ -214,8 +209,6 @@ def hidden_layer(
             raise ValueError(
                 f'nonlinearity: expected "gated" for the continuous group {gspace.fibergroup}, found "pointwise"'
             )
-        if not is_permutation(representation):
-            raise ValueError(f"expected a permutation representation, found {representation}")
         count = max(1, -(-width // representation.size))
         return PointwiseNonLinearity(enn.FieldType(gspace, count * [representation]), function)
     if invariant:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class PointwiseFunction:
         slope = self.slope(x)
         return lambda p: p.mul_(slope)
 
+    @functools.cached_property
     def expanded_core(self) -> Expanded:
         """:math:`f_0` as an expanded map."""
         return Expanded(WithPullback(self.core, self._pullback), ())

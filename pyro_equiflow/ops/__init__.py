@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor and representation helpers: numpy and torch only, nothing of networks or flows."""
+"""What all above has in common on tensors, events, representations and arguments: nothing of networks or flows."""

@@ -32,9 +32,8 @@ def squeezed_type(field_type: FieldType, haar: bool) -> tuple[FieldType, np.ndar
     """
     check_cells(field_type)
     sites = _site_matrices(field_type)
-    parts = _haar_parts(field_type, sites) if haar else _site_parts(field_type, sites)
-    fields = [field for field, _ in parts]
-    return FieldType(field_type.gspace, fields), np.concatenate([rows for _, rows in parts])
+    fields, rows = zip(*(_haar_fields(field_type, sites) if haar else _site_fields(field_type, sites)))
+    return FieldType(field_type.gspace, fields), np.concatenate(rows)
 
 
 def check_cells(field_type: FieldType) -> None:
@@ -90,47 +89,47 @@ def _build(field_type: FieldType, name: str, matrices: np.ndarray, *, pointwise:
     return build_from_discrete_group_representation(dict(zip(group.elements, matrices)), name, group, kinds)
 
 
-Parts = list[tuple[Representation, np.ndarray]]
+Fields = list[tuple[Representation, np.ndarray]]
 """Fields, each with its rows of the matrix from natural channels."""
 
 
-def _each_field(field_type: FieldType, num_sites: int, local: Callable[[Representation], Parts]) -> Parts:
-    """The parts that every field gives, from those of its representation alone: rows over ``rho.size num_sites``."""
-    found: dict[Representation, Parts] = {}
-    parts, start = [], 0
+def _each_field(field_type: FieldType, num_sites: int, local: Callable[[Representation], Fields]) -> Fields:
+    """What every field becomes, from those of its representation alone: rows over ``rho.size num_sites``."""
+    found: dict[Representation, Fields] = {}
+    fields, start = [], 0
     for rho in field_type.representations:
         if rho not in found:
             found[rho] = local(rho)
         for field, rows in found[rho]:
             placed = np.zeros((len(rows), field_type.size * num_sites))
             placed[:, start : start + rows.shape[1]] = rows
-            parts.append((field, placed))
+            fields.append((field, placed))
         start += rho.size * num_sites
-    return parts
+    return fields
 
 
-def _site_parts(field_type: FieldType, sites: np.ndarray) -> Parts:
+def _site_fields(field_type: FieldType, sites: np.ndarray) -> Fields:
     """Channels are sites of fields. Of fields that permute their channels each orbit is one field."""
     num_sites = sites.shape[1]
     site_orbits = _orbits(field_type, sites)
 
-    def local(rho: Representation) -> Parts:
+    def local(rho: Representation) -> Fields:
         identity = np.eye(rho.size * num_sites)
         if is_permutation(rho):
             return [(field, identity[order]) for field, order in _orbits(field_type, _kron(_matrices(rho), sites))]
-        parts = []
+        fields = []
         for orbit, order in site_orbits:
             if orbit.is_trivial():
                 field = rho
             else:
                 field = _build(field_type, f"{orbit.name} x {rho.name}", _kron(_matrices(orbit), _matrices(rho)))
-            parts.append((field, identity[(order[:, None] + num_sites * np.arange(rho.size)).ravel()]))
-        return parts
+            fields.append((field, identity[(order[:, None] + num_sites * np.arange(rho.size)).ravel()]))
+        return fields
 
     return _each_field(field_type, num_sites, local)
 
 
-def _orbits(field_type: FieldType, matrices: np.ndarray) -> Parts:
+def _orbits(field_type: FieldType, matrices: np.ndarray) -> Fields:
     """The orbits of a permutation representation as fields, and the points of each in the order of its channels."""
     images = np.round(matrices).argmax(1)  # [g, point]
     stabilizers = [tuple(np.flatnonzero(column == point)) for point, column in enumerate(images.T)]
@@ -161,14 +160,14 @@ def _cosets(field_type: FieldType, stabilizer: tuple[int, ...], matrices: np.nda
     return _build(field_type, f"cosets{list(map(int, stabilizer))}", np.round(matrices), pointwise=True)
 
 
-def _haar_parts(field_type: FieldType, sites: np.ndarray) -> Parts:
+def _haar_fields(field_type: FieldType, sites: np.ndarray) -> Fields:
     """Averages over cells keep their fields, differences are irreps; averages of all fields come first."""
     num_sites = sites.shape[1]
     frequencies = list(itertools.product((0, 1), repeat=int(field_type.gspace.dimensionality)))
     haar = np.array([[(-1.0) ** np.dot(k, s) for s in frequencies] for k in frequencies]) / np.sqrt(num_sites)
     # Signed permutations: flips change signs of the coefficients, turns exchange axes.
     signed = np.round(haar @ sites @ haar.T)
-    left, parts = sorted(range(num_sites), key=lambda k: (sum(frequencies[k]), k)), []
+    left, fields = sorted(range(num_sites), key=lambda k: (sum(frequencies[k]), k)), []
     while left:
         chosen = np.flatnonzero(signed[:, :, left[0]].any(0))
         left = [k for k in left if k not in chosen]
@@ -182,7 +181,7 @@ def _haar_parts(field_type: FieldType, sites: np.ndarray) -> Parts:
             rows: np.ndarray = haar[chosen],
             invariant: bool = invariant,
             name: str = name,
-        ) -> Parts:
+        ) -> Fields:
             # Row (k, a) of a block holds coefficient k of channel a.
             coefficients = np.einsum("ks,ab->kabs", rows, np.eye(rho.size)).reshape(-1, rho.size * num_sites)
             if invariant:
@@ -193,5 +192,5 @@ def _haar_parts(field_type: FieldType, sites: np.ndarray) -> Parts:
             starts = np.cumsum([0, *(irrep.size for irrep in irreps)])
             return [(irrep, in_irreps[a:b]) for irrep, a, b in zip(irreps, starts, starts[1:])]
 
-        parts += _each_field(field_type, num_sites, local)
-    return parts
+        fields += _each_field(field_type, num_sites, local)
+    return fields

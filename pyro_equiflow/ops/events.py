@@ -13,7 +13,7 @@ from escnn.gspaces import GSpace
 from escnn.nn import FieldType
 from torch import Tensor
 
-from pyro_equiflow._escnn.elements import group_key
+from pyro_equiflow._escnn.elements import group_key, kept_by
 from pyro_equiflow.ops.arguments import check_instance, check_integers, check_items
 from pyro_equiflow.ops.representations import validate_field_type
 
@@ -166,15 +166,14 @@ def grid_elements(field_type: FieldType) -> list[GroupElement]:
     """
     group = field_type.fibergroup
     if field_type.gspace.dimensionality == 0:
-        key = group_key(group)
-        if key not in _testing_elements:
-            _testing_elements[key] = tuple(group.testing_elements())
-        return list(_testing_elements[key])
+        return list(_testing_elements(group))
     elements = group.elements if group.order() > 0 else _grid_subgroup(field_type.gspace)
     return [g for g in elements if on_grid(field_type, g)]
 
 
-_testing_elements: dict[tuple, tuple[GroupElement, ...]] = {}
+@kept_by(group_key)
+def _testing_elements(group: Group) -> tuple[GroupElement, ...]:
+    return tuple(group.testing_elements())
 
 
 @functools.lru_cache(maxsize=64)

@@ -190,11 +190,6 @@ class IrrepDecomposition:
         self.is_identity = bool(np.abs(self.change_of_basis - np.eye(start)).max() < _TOLERANCE)
 
     @property
-    def block_of_channel(self) -> np.ndarray:
-        """For each column of ``change_of_basis`` the index of its irrep."""
-        return np.repeat(np.arange(len(self.blocks)), self.sizes)
-
-    @property
     def trivial(self) -> list[int]:
         """Columns of ``change_of_basis`` that are invariant vectors."""
         return [block.start for block in self.blocks if block.irrep.is_trivial()]

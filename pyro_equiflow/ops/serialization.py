@@ -30,20 +30,12 @@ def _reduce_group(group: Group) -> tuple:
     return _make_group, (type(group).__name__, dict(group._keys))
 
 
-def _make_element(group: Group, value: Any, param: str) -> GroupElement:
-    return group.element(value, param)
-
-
 def _reduce_element(element: GroupElement) -> tuple:
-    return _make_element, (element.group, element.value, element.param)
-
-
-def _make_irrep(group: Group, irrep_id: tuple) -> IrreducibleRepresentation:
-    return group.irrep(*irrep_id)
+    return element.group.element, (element.value, element.param)
 
 
 def _reduce_irrep(irrep: IrreducibleRepresentation) -> tuple:
-    return _make_irrep, (irrep.group, irrep.id)
+    return irrep.group.irrep, irrep.id
 
 
 def _make_representation(

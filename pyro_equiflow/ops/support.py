@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ def _(constraint: Any) -> IndependentTransform:
     return IndependentTransform(identity_transform, constraint.reinterpreted_batch_ndims)
 
 
+@functools.cache
 def real_events(dimensions: int) -> constraints.Constraint:
     """The constraint of real events of ``dimensions`` dimensions."""
     return _RealEvents(constraints.real, dimensions)

@@ -6,17 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_flag
-from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.coordinates import IrrepCoordinates
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
-from pyro_equiflow.ops.events import channel_matmul
 from pyro_equiflow.ops.fingerprint import optimizer_steps
-from pyro_equiflow.ops.representations import IrrepDecomposition
 from pyro_equiflow.ops.tracing import is_traced
 from pyro_equiflow.transforms.base import EquivariantTransform
 
@@ -77,23 +74,9 @@ class EquivariantActNorm(EquivariantTransform):
     def __init__(self, field_type: enn.FieldType, *, data_init: bool = True, cache_size: int = 1) -> None:
         super().__init__(field_type, cache_size=cache_size)
         data_init = check_flag("data_init", data_init)
-        decomposition = IrrepDecomposition(field_type)
-        sizes = decomposition.sizes
-        basis = decomposition.change_of_basis
-        channels = decomposition.block_of_channel
-        self._constants = Constants(
-            basis=basis,
-            basis_or_none=None if decomposition.is_identity else basis,
-            invariants=basis[:, decomposition.trivial],
-            channel_of=channels,
-            sizes=sizes.astype(float),
-            trivial_scales=np.array([i for i, b in enumerate(decomposition.blocks) if b.irrep.is_trivial()], int),
-            # Averages squares over the channels of each irrep.
-            pool=(channels == np.arange(len(sizes))[:, None]) / sizes[:, None],
-        )
-        self._spatial_dims = self.event_dim - 1
-        self.log_scale = torch.nn.Parameter(torch.zeros(len(sizes)))
-        self.loc = torch.nn.Parameter(torch.zeros(len(decomposition.trivial)))
+        self._coordinates = IrrepCoordinates(field_type)
+        self.log_scale = torch.nn.Parameter(torch.zeros(self._coordinates.irreps.number))
+        self.loc = torch.nn.Parameter(torch.zeros(len(self._coordinates.trivial)))
         self.register_buffer("initialized", torch.tensor(not data_init))
         self._waiting = _Waiting(data_init)
 
@@ -128,47 +111,43 @@ class EquivariantActNorm(EquivariantTransform):
     @torch.no_grad()
     def _initialize(self, data: Tensor, inverse: bool) -> None:
         """Sets the parameters so that ``data``, run through the map in one direction, comes out normalised."""
-        constants = self._constants.like(self.log_scale)
-        rows = data.movedim(-1 - self._spatial_dims, -1).reshape(-1, self.field_type.size)
-        loc = (rows @ constants["invariants"]).mean(0)
-        if len(rows) < _MIN_ROWS:
+        coordinates, irreps, trivial = self._coordinates, self._coordinates.irreps, self._coordinates.trivial
+
+        def mean(values: Tensor) -> Tensor:
+            channels_first = values.movedim(-1 - coordinates.spatial_dims, 0)
+            return channels_first.reshape(len(channels_first), -1).mean(1)
+
+        z = coordinates.coordinates(data)
+        if z.numel() < _MIN_ROWS * self.field_type.size:
             return
         refuse_within_data_parallel(type(self).__name__)
-        centred = (rows - loc @ constants["invariants"].T) @ constants["basis"]
-        scale = (centred.square().mean(0) @ constants["pool"].T).sqrt()
+        loc = mean(z)[trivial]
+        centre = z.new_zeros(self.field_type.size)
+        centre[trivial] = loc
+        squares = mean(irreps.squares(z - coordinates.everywhere(centre)))
+        scale = (squares / torch.as_tensor(irreps.repeats).to(squares)).sqrt()
         # A field that does not vary (a border of zeros, say) has no scale to correct.
         log_scale = torch.where(scale > 1e-6, scale, 1.0).log()
         # y = e^s (x - b). Backwards x = e^-s y + b, which has mean 0 where b = -e^-s times the mean of y.
         self.log_scale.copy_(log_scale if inverse else -log_scale)
-        trivial = log_scale.index_select(0, constants["trivial_scales"])
-        self.loc.copy_(-loc * (-trivial).exp() if inverse else loc)
+        trivial_scale = log_scale[coordinates.trivial_irreps].exp()
+        self.loc.copy_(-loc / trivial_scale if inverse else loc)
         self._stop_waiting()
-
-    @staticmethod
-    def _per_channel(values: Tensor, constants: dict[str, Tensor]) -> Tensor:
-        return values.index_select(0, constants["channel_of"])
 
     def _affine(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         waits = self._waiting.waits and not is_traced()
         if waits and self.training and x.numel():
             self._see(x, inverse)
-        constants = self._constants.like(self.log_scale)
-        spatial = (...,) + self._spatial_dims * (None,)
-        sign = -1.0 if inverse else 1.0
-        scale = self._per_channel(sign * self.log_scale, constants).exp()
+        coordinates, log_scale = self._coordinates, -self.log_scale if inverse else self.log_scale
+        scale = coordinates.everywhere(log_scale.exp())
         if waits and scale.requires_grad:
             scale.register_hook(lambda _: self._stop_waiting())  # a gradient: training begins
-        shift = (constants["invariants"] @ self.loc)[spatial]
-        x = x if inverse else x - shift
-        basis = constants["basis_or_none"]
-        if basis is None:
-            x = x * scale[spatial]
-        else:
-            x = channel_matmul((basis * scale) @ basis.T, x, self._spatial_dims)
-        x = x + shift if inverse else x
-        positions = x.shape[x.dim() - self._spatial_dims :].numel()
-        ladj = sign * positions * (constants["sizes"] @ self.log_scale)
-        return x, ladj.expand(x.shape[: x.dim() - self.event_dim])
+        shift = coordinates.invariant(self.loc)
+        z = coordinates.coordinates(x if inverse else x - shift)
+        y = coordinates.event(coordinates.irreps.times(z, scale))
+        positions = x.shape[x.dim() - coordinates.spatial_dims :].numel()
+        ladj = positions * coordinates.irreps.total(coordinates.everywhere(log_scale))
+        return y + shift if inverse else y, ladj.expand(x.shape[: x.dim() - self.event_dim])
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._affine(x, inverse=False)

@@ -8,8 +8,8 @@ import torch
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.nn.irreps.parts import IrrepMap, IrrepParts
-from pyro_equiflow.nn.linear.gather import Gather
+from pyro_equiflow.nn.irreps.isotypic import IrrepMap, IsotypicLayout, is_of_irreps
+from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion
 from pyro_equiflow.ops.arguments import check_flag, check_number
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import channel_matmul
@@ -69,24 +69,28 @@ class EquivariantLinear(EquivariantTransform):
         self._joint = sum(sides) <= _JOINT
         entries = _blocks(sides, joint=False)
         places = _blocks(sides, joint=True) if self._joint else entries
-        self._generator = _placed(places, entries, sum(sides), self._map.gather) if self._joint else self._map.gather
+        self._generator = (
+            _placed(places, entries, sum(sides), self._map.expansion) if self._joint else self._map.expansion
+        )
         blocks = [np.arange(side) // width for side, width in zip(sides, widths)]
         self._sides = [sum(sides)] if self._joint else sides
         self._factors = [_Factors(own) for own in ([_numbered(blocks)] if self._joint else blocks)]
         # On points in the basis of irreps each irrep is mapped by itself, else channels by one matrix.
-        self._parts = IrrepParts(field_type) if IrrepParts.fit(field_type) else None
+        self._parts = IsotypicLayout(field_type) if is_of_irreps(field_type) else None
         inside = np.concatenate([place.ravel() for place in places])
-        self._inside = Gather(inside, np.ones(len(inside)))
+        self._inside = EntrywiseExpansion(inside, np.ones(len(inside)))
         columns = [np.arange(b.start, b.start + b.size) for _, blocks in isotypic for b in blocks]
         basis = decomposition.change_of_basis[:, np.concatenate(columns)]
         # A basis that only puts irreps in another order costs nothing.
         reorders = bool(np.abs(basis - np.round(basis)).max() < 1e-12 and basis.min() > -0.5)
         order = basis.argmax(1) if reorders else np.arange(len(basis))
         index, factor = (array[np.ix_(order, order)] for array in _channel_matrix(places, copies))
-        self._whole = Gather(index.ravel(), factor.ravel())
+        self._whole = EntrywiseExpansion(index.ravel(), factor.ravel())
         trace = np.zeros(self._map.num_weights)
         for block, n in zip(entries, copies):
-            np.add.at(trace, self._map.gather.index[block.diagonal()], n * self._map.gather.factor[block.diagonal()])
+            np.add.at(
+                trace, self._map.expansion.index[block.diagonal()], n * self._map.expansion.factor[block.diagonal()]
+            )
         self._constants = Constants(basis=None if reorders else basis, trace=trace)
         self._spatial_dims = self.event_dim - 1
         self.weight = torch.nn.Parameter(torch.zeros(self._map.num_weights))
@@ -204,12 +208,14 @@ def _numbered(blocks: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([own + start for own, start in zip(blocks, np.cumsum(counts))])
 
 
-def _placed(places: list[np.ndarray], entries: list[np.ndarray], side: int, gather: Gather) -> Gather:
-    """What ``gather`` gives, each of its entries at its place in one matrix, zeros elsewhere."""
+def _placed(
+    places: list[np.ndarray], entries: list[np.ndarray], side: int, expansion: EntrywiseExpansion
+) -> EntrywiseExpansion:
+    """What ``expansion`` gives, each of its entries at its place in one matrix, zeros elsewhere."""
     index, factor = np.zeros(side**2, dtype=np.int64), np.zeros(side**2)
     for place, entry in zip(places, entries):
-        index[place], factor[place] = gather.index[entry], gather.factor[entry]
-    return Gather(index, factor)
+        index[place], factor[place] = expansion.index[entry], expansion.factor[entry]
+    return EntrywiseExpansion(index, factor)
 
 
 def _channel_matrix(places: list[np.ndarray], copies: list[int]) -> tuple[np.ndarray, np.ndarray]:

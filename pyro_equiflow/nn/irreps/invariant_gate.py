@@ -14,9 +14,9 @@ from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
-from pyro_equiflow.nn.irreps.parts import IrrepMap, IrrepParts
+from pyro_equiflow.nn.irreps.isotypic import IrrepMap, IsotypicLayout, is_of_irreps
 from pyro_equiflow.nn.irreps.products import IrrepMixture
-from pyro_equiflow.nn.linear.gather import Gather
+from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_integers
 from pyro_equiflow.ops.representations import validate_field_type
@@ -27,7 +27,7 @@ _RADIUS = 10.0
 # Of squared lengths: what overflows times what vanishes would be no number.
 _LARGEST = 1e30
 
-__all__ = ["InvariantGate", "InvariantGateNet", "hidden_widths"]
+__all__ = ["InvariantGate", "InvariantGateNet", "carried_channels", "hidden_widths"]
 
 
 class InvariantGateNet(SteerableModule):
@@ -87,7 +87,7 @@ class InvariantGateNet(SteerableModule):
     ) -> None:
         for name, field_type in (("in_type", in_type), ("out_type", out_type)):
             validate_field_type(field_type, name)
-            if not IrrepParts.fit(field_type):
+            if not is_of_irreps(field_type):
                 raise ValueError(f"{name}: expected irreps with no base space, found {field_type}")
         super().__init__(in_type, out_type)
         self.function = function
@@ -101,9 +101,9 @@ class InvariantGateNet(SteerableModule):
 
     def _build(self) -> None:
         """Makes what follows from the types and widths alone."""
-        inputs, outputs = IrrepParts(self.in_type), IrrepParts(self.out_type)
-        irreps_in, irreps_out = (list(zip(parts.irreps, parts.counts)) for parts in (inputs, outputs))
-        mixture = IrrepMixture(irreps_in, irreps_out, max(self.hidden_dims, default=0) // 4, self.tensor_products)
+        inputs, outputs = IsotypicLayout(self.in_type), IsotypicLayout(self.out_type)
+        irreps_in, irreps_out = (list(zip(own.irreps, own.counts)) for own in (inputs, outputs))
+        mixture = IrrepMixture(irreps_in, irreps_out, carried_channels(self.hidden_dims), self.tensor_products)
         hidden = hidden_widths(self.hidden_dims, mixture.fields)
         self._gate = InvariantGate(inputs, outputs, mixture, hidden, self.function, radius=_RADIUS)
 
@@ -129,7 +129,17 @@ class InvariantGateNet(SteerableModule):
 
     def expanded(self) -> Expanded:
         """The map above on plain tensors; irreps with channels outermost in memory, scalars with samples outermost."""
-        return self._gate.expanded(self._gate.gather(self.weight), self.bias)
+        return self._gate.expanded(self._gate.expansion(self.weight), self.bias)
+
+
+def carried_channels(hidden_dims: Sequence[int]) -> int:
+    """Channels aimed at for the irreps carried along: a quarter of the widest layer's.
+
+    The MLP of invariants decides and keeps the rest; its inputs, the lengths, are as many as the irreps carried along.
+    Regressions of 5 vectors under O(2) and 4 under SO(3), 500 steps with layers of 64 channels, had 1.4 to 1.5 times
+    the error with an eighth, 0.7 to 0.9 times with a half, which leaves the MLP 32 channels.
+    """
+    return max(hidden_dims, default=0) // 4
 
 
 def hidden_widths(hidden_dims: Sequence[int], carried: Sequence[tuple[IrreducibleRepresentation, int]]) -> list[int]:
@@ -151,7 +161,7 @@ class InvariantGate:
     :param far_lengths: whether the MLP sees lengths from before the irreps are shortened.
     :ivar widths: channels of the MLP's layers, input and output included.
     :ivar sizes: numbers of weights: of the mixture, of the MLP's layers, of the last intertwiner.
-    :ivar gather: from the weights to the entries.
+    :ivar expansion: from the weights to the entries.
     :ivar gated: which irreps of the mixture the output holds.
     :ivar init_std: standard deviations of the weights that keep unit variance (He).
     :ivar init_bias: biases of gates that are one and else nothing.
@@ -161,8 +171,8 @@ class InvariantGate:
 
     def __init__(
         self,
-        inputs: IrrepParts,
-        outputs: IrrepParts,
+        inputs: IsotypicLayout,
+        outputs: IsotypicLayout,
         mixture: IrrepMap | IrrepMixture,
         hidden: Sequence[int],
         function: str,
@@ -187,10 +197,10 @@ class InvariantGate:
         std = [np.full(a * b, 1 / math.sqrt(max(a, 1))) for a, b in zip(self.widths, self.widths[1:])]
         self.init_std = np.concatenate([mixture.init_std, *std, self.out.init_std])
         self.init_bias = np.repeat([0.0, 1.0], [sum(self.widths[1:]) - sum(self._gates), sum(self._gates)])
-        whole = [Gather(np.arange(size), np.ones(size)) for size in dense]
-        gathers = [mixture.gather, *whole, self.out.gather]
-        self._entries = [len(gather) for gather in gathers]
-        self.gather = Gather.joined(gathers, self.sizes)
+        whole = [EntrywiseExpansion(np.arange(size), np.ones(size)) for size in dense]
+        expansions = [mixture.expansion, *whole, self.out.expansion]
+        self._entries = [len(expansion) for expansion in expansions]
+        self.expansion = EntrywiseExpansion.joined(expansions, self.sizes)
         to_scalars = self.widths[-2] * self.scalars_out
         ends = [sum(self.sizes[:-2]), to_scalars, dense[-1] - to_scalars, self.sizes[-1]]
         self.last = np.repeat([False, True, False, True], ends)
@@ -211,15 +221,15 @@ class InvariantGate:
         shapes = [(count, irrep.size) for irrep, count in mixture.fields]
 
         def fn(x: Tensor, *tensors: Tensor) -> Tensor:
-            parts = inputs.split(x.mT)
-            fields = [v.view(*s, -1) for v, s in zip(mixture.apply(parts, tensors[:start]), shapes)]
-            squares = [(v * v).sum(1).clamp(max=_LARGEST) for v in fields]
-            short = [(1 + flattening * square).rsqrt() for square in squares]
-            if not far_lengths:
-                squares = [square * factor * factor for square, factor in zip(squares, short)]
-            scalars = [(1 + square).sqrt() for square in squares]
+            components = inputs.split(x.mT)
+            fields = [v.view(*s, -1) for v, s in zip(mixture.apply(components, tensors[:start]), shapes)]
+            short, scalars = [], []
+            for v in fields:
+                square = (v * v).sum(1).clamp(max=_LARGEST)
+                short.append((1 + flattening * square).rsqrt())
+                scalars.append((1 + (square if far_lengths else square * short[-1] * short[-1])).sqrt())
             if inputs.trivial is not None or not fields:
-                scalars.insert(0, x.mT[:0] if inputs.trivial is None else parts[inputs.trivial])
+                scalars.insert(0, x.mT[:0] if inputs.trivial is None else components[inputs.trivial])
             h = torch.cat(scalars) if len(scalars) > 1 else scalars[0]
             for index in range(start, stop, 2):
                 h = torch.addmm(tensors[index], tensors[index + 1], function(h) if index > start else h)
@@ -227,8 +237,7 @@ class InvariantGate:
             found: dict[tuple, Tensor] = {}
             if outputs.trivial is not None:
                 found[outputs.ids[outputs.trivial]] = t
-            gates = [gate * short[i] for i, gate in zip(gated, gates)]
-            turned = [(fields[i] * gate.unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
+            turned = [(fields[i] * (gate * short[i]).unsqueeze(1)).flatten(0, 1) for i, gate in zip(gated, gates)]
             found |= zip(self._turning, self.out.apply(turned, tensors[stop:]))
             for name, size in zip(outputs.ids, outputs.sizes):
                 if name not in found:  # an irrep that neither the input nor a product holds

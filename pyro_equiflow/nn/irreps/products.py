@@ -10,8 +10,8 @@ import torch
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
-from pyro_equiflow.nn.irreps.parts import IrrepMap
-from pyro_equiflow.nn.linear.gather import Gather
+from pyro_equiflow.nn.irreps.isotypic import IrrepMap
+from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion
 from pyro_equiflow.ops.constants import Constants
 
 __all__ = ["IrrepMixture", "IrrepProducts"]
@@ -64,7 +64,7 @@ class IrrepProducts:
         self._constants.like(x)
 
     def apply(self, fields: Sequence[Tensor]) -> list[Tensor]:
-        """The products, one tensor ``(count, size, batch)`` an output irrep, of fields ``(count, size, batch)``."""
+        """The products, one tensor ``(count, size, batch)`` per output irrep, of fields ``(count, size, batch)``."""
         constants = self._constants.like(fields[0])
         shortened = [w / (1 + (w * w).sum(1, keepdim=True)).sqrt() for w in fields]
         found: dict[int, list[Tensor]] = {k: [] for k in self._kept}
@@ -85,7 +85,7 @@ class IrrepMixture:
     :param width: channels aimed at; each irrep has at least its multiplicity.
     :param tensor_products: whether products may be taken.
     :ivar fields: irreps of the mixture and their multiplicities.
-    :ivar gather: from ``num_weights`` weights to the entries of all matrices.
+    :ivar expansion: from ``num_weights`` weights to the entries of all matrices.
     """
 
     def __init__(
@@ -121,19 +121,19 @@ class IrrepMixture:
         maps = [m for m in (self._first, self._second) if m is not None]
         self.init_std = np.concatenate([m.init_std for m in maps])
         self.num_weights = len(self.init_std)
-        self.gather = Gather.joined([m.gather for m in maps], [m.num_weights for m in maps])
+        self.expansion = EntrywiseExpansion.joined([m.expansion for m in maps], [m.num_weights for m in maps])
 
     def matrices(self, entries: Tensor) -> tuple[Tensor, ...]:
-        """The matrices of one mixture or of both, from all of their entries in the order of :attr:`gather`."""
+        """The matrices of one mixture or of both, from all of their entries in the order of :attr:`expansion`."""
         if self._products is None or self._second is None:
             return self._first.matrices(entries)
         self._products.prepare(entries)
-        first, second = entries.split([len(self._first.gather), len(self._second.gather)])
+        first, second = entries.split([len(self._first.expansion), len(self._second.expansion)])
         return (*self._first.matrices(first), *self._second.matrices(second))
 
-    def apply(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-        """The mixture, one tensor ``(count * size, batch)`` an irrep, of parts likewise."""
-        mixed = self._first.apply(parts, matrices[: len(self._shapes)])
+    def apply(self, components: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The mixture, one tensor ``(count * size, batch)`` per irrep, of those of the input likewise."""
+        mixed = self._first.apply(components, matrices[: len(self._shapes)])
         if self._products is None or self._second is None:
             return mixed
         fields = [v.unflatten(0, shape) for v, shape in zip(mixed, self._shapes)]

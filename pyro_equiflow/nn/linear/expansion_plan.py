@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from escnn import nn as enn
 from escnn.group import Representation
 from torch import Tensor
 
-from pyro_equiflow.nn.linear.gather import Gather, block_gather, is_disjoint
+from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion, block_entries, is_disjoint
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import split
 
@@ -44,7 +43,7 @@ class ExpansionPlan:
     """How a flat vector of weights becomes a filter, decided once from the bases of pairs of representations.
 
     If every entry of the filter hangs on one weight at most (bases of disjoint support: irreps, permutation
-    representations on a point), expansion is one gather and one product. Else each pair of representations
+    representations on a point), expansion is one look-up and one product. Else each pair of representations
     costs one product of matrices. Between fields that a mask keeps apart there is no weight.
     """
 
@@ -94,18 +93,20 @@ class ExpansionPlan:
             )
         )
 
-    def arrays(self) -> dict[str, np.ndarray | None]:
-        """The constant arrays that :meth:`expand` takes."""
-        if self.disjoint:
-            index = np.zeros(self.shape, dtype=np.int64)
-            factor = np.zeros(self.shape)
-            for pair in self.pairs:
-                entries, factors = block_gather(pair.basis, pair.seen)
-                index[pair.where], factor[pair.where] = pair.start + entries, factors
-            # The trivial group's weights are the filter.
-            as_it_is = index.size == self.num_weights and (index.ravel() == np.arange(index.size)).all()
-            as_it_is = as_it_is and (factor == 1).all()
-            return {"index": None if as_it_is else index.ravel(), "factor": factor}
+        self._entrywise = self._by_entries() if self.disjoint else None
+        self._constants = Constants(**({} if self.disjoint else self._by_products()))
+
+    def _by_entries(self) -> EntrywiseExpansion:
+        """The filter as a look-up of its weights."""
+        index = np.zeros(self.shape, dtype=np.int64)
+        factor = np.zeros(self.shape)
+        for pair in self.pairs:
+            entries, factors = block_entries(pair.basis, pair.seen)
+            index[pair.where], factor[pair.where] = pair.start + entries, factors
+        return EntrywiseExpansion(index.ravel(), factor.ravel())
+
+    def _by_products(self) -> dict[str, np.ndarray | None]:
+        """The bases of all pairs, and where the rows that they give stand in the filter."""
         # Where fields see none of another, a row of zeros after those of all blocks stands.
         zero = sum(pair.shape[0] * math.prod(pair.basis.shape[1:3]) for pair in self.pairs)
         order = np.full(self.shape[:2], zero)
@@ -121,25 +122,29 @@ class ExpansionPlan:
         zeros = np.zeros((1, math.prod(self.shape[2:]))) if (order == zero).any() else None
         return {"order": order.ravel(), "zeros": zeros, **bases}
 
-    def expand(self, weight: Tensor, constants: dict[str, Any]) -> Tensor:
+    def expand(self, weight: Tensor) -> Tensor:
         """The filter of shape ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
-        if not self.num_weights:
-            return weight.new_zeros(self.shape)
-        if self.disjoint:
-            if constants["index"] is None:
-                return weight.view(self.shape)
-            return weight.index_select(0, constants["index"]).view(self.shape) * constants["factor"]
+        if self._entrywise is not None:
+            return self._entrywise(weight).view(self.shape)
+        constants = self._constants.like(weight)
         bases = [constants[f"basis{i}"] for i in range(len(self._counts))]
-        parts = [own.view(-1, len(basis)) @ basis for own, basis in zip(split(weight, self._counts), bases)]
+        blocks = [own.view(-1, len(basis)) @ basis for own, basis in zip(split(weight, self._counts), bases)]
         if self.in_order:
             fields, size = self.pairs[0].seen.shape, self.pairs[0].basis.shape[1]
-            return parts[0].view(*fields, size, -1).transpose(1, 2).reshape(self.shape)
+            return blocks[0].view(*fields, size, -1).transpose(1, 2).reshape(self.shape)
         points = math.prod(self.shape[2:])
-        rows = [part.view(-1, points) for part in parts]
+        rows = [block.view(-1, points) for block in blocks]
         if constants["zeros"] is not None:
             rows.append(constants["zeros"])
         joined = rows[0] if len(rows) == 1 else torch.cat(rows)
         return joined.index_select(0, constants["order"]).view(self.shape)
+
+    @staticmethod
+    def joined(plans: Sequence[ExpansionPlan]) -> EntrywiseExpansion | None:
+        """The filters of several plans one after the other as one look-up; ``None`` where one needs products."""
+        entrywise = [plan._entrywise for plan in plans if plan._entrywise is not None]
+        complete = len(entrywise) == len(plans)
+        return EntrywiseExpansion.joined(entrywise, [plan.num_weights for plan in plans]) if complete else None
 
 
 def _sparse(basis: np.ndarray) -> np.ndarray:
@@ -150,8 +155,8 @@ def _sparse(basis: np.ndarray) -> np.ndarray:
 class JointExpansion:
     """Filters and biases of several layers from one vector of weights and one of biases.
 
-    An optimizer's cost, and that of an expansion, goes by the number of tensors: where the bases allow it, one gather
-    and one product serve all filters, and one more all biases.
+    An optimizer's cost, and that of an expansion, goes by the number of tensors: where the bases allow it, one look-up
+    serves all filters, and one more all biases.
 
     :param plans: the layers' plans.
     :param invariants: the bases of the invariant subspaces of their outputs, ``(channels, number)``.
@@ -162,47 +167,25 @@ class JointExpansion:
         self._weights = [plan.num_weights for plan in plans]
         self._entries = [math.prod(plan.shape) for plan in plans]
         self._channels = [len(basis) for basis in invariants]
-        joint = all(plan.disjoint for plan in plans) and sum(self._weights) > 0
-        arrays = [plan.arrays() for plan in plans]
-        self._gather = _joined(arrays, self._weights) if joint else None
-        self._constants = [] if joint else [Constants(**found) for found in arrays]
-        self._bias_constants = Constants(**_bias_arrays(invariants))
+        self._joint = ExpansionPlan.joined(plans)
+        matrix = torch.block_diag(*[torch.tensor(basis, device="cpu") for basis in invariants]).numpy()
+        entrywise = matrix.size and ((matrix != 0).sum(axis=1) <= 1).all()
+        self._bias = EntrywiseExpansion((matrix != 0).argmax(axis=1), matrix.sum(axis=1)) if entrywise else None
+        self._bias_matrix = Constants(matrix=matrix)
 
     def filters(self, weight: Tensor) -> list[Tensor]:
         """The filters ``(out, in, *kernel_shape)``, differentiable in ``weight``."""
-        if self._gather is None:
-            parts = split(weight, self._weights)
-            return [plan.expand(w, c.like(w)) for plan, w, c in zip(self._plans, parts, self._constants)]
-        filters = split(self._gather(weight), self._entries)
+        if self._joint is None:
+            return [plan.expand(own) for plan, own in zip(self._plans, split(weight, self._weights))]
+        filters = split(self._joint(weight), self._entries)
         return [f.view(plan.shape) for f, plan in zip(filters, self._plans)]
 
     def biases(self, bias: Tensor) -> Sequence[Tensor | None]:
         """The biases of all output channels, differentiable in ``bias``; ``None`` where no output has invariants."""
         if not len(bias):
             return len(self._plans) * [None]
-        constants = self._bias_constants.like(bias)
-        if constants["matrix"] is None:
-            return split(bias.index_select(0, constants["index"]) * constants["factor"], self._channels)
-        return split(constants["matrix"] @ bias, self._channels)
-
-
-def _joined(arrays: Sequence[dict[str, Any]], weights: Sequence[int]) -> Gather:
-    """The gathers of several filters as one."""
-    index, factor = [], []
-    for found, own, start in zip(arrays, weights, np.cumsum([0, *weights[:-1]])):
-        entries = np.arange(own) if found["index"] is None else found["index"]
-        # A layer without weights reads some number, times zero.
-        index.append(np.minimum(start + entries, sum(weights) - 1))
-        factor.append(found["factor"].ravel())
-    return Gather(np.concatenate(index), np.concatenate(factor))
-
-
-def _bias_arrays(invariants: Sequence[np.ndarray]) -> dict[str, np.ndarray | None]:
-    """What takes free biases to all channels: a gather, if no channel hangs on two of them, else a matrix."""
-    matrix = torch.block_diag(*[torch.tensor(basis, device="cpu") for basis in invariants]).numpy()
-    if not matrix.size or ((matrix != 0).sum(axis=1) > 1).any():
-        return {"matrix": matrix}
-    return {"matrix": None, "index": (matrix != 0).argmax(axis=1), "factor": matrix.sum(axis=1)}
+        channels = self._bias_matrix.like(bias)["matrix"] @ bias if self._bias is None else self._bias(bias)
+        return split(channels, self._channels)
 
 
 def _fields_by_representation(field_type: enn.FieldType) -> dict[Representation, tuple[np.ndarray, np.ndarray]]:

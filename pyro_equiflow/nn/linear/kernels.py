@@ -18,6 +18,7 @@ from escnn.nn import FieldType
 from escnn.nn.modules.conv import r2convolution, r3convolution
 from escnn.nn.modules.conv.rd_convolution import get_grid_coords
 
+from pyro_equiflow._escnn.intertwiners import canonical_basis
 from pyro_equiflow.ops.events import grid_elements, signed_permutation
 from pyro_equiflow.ops.representations import irreps_of, is_permutation
 
@@ -54,7 +55,8 @@ def kernel_basis(gspace: GSpace, kernel_size: int, in_rep: Representation, out_r
                 *(entries, in_rep, out_rep, gspace.fibergroup),
             )
         spanning = _sums_of_irreps(gspace, kernel_size, in_rep, out_rep, rows)
-    chosen = _canonical_basis(spanning.reshape(len(spanning), math.prod(spanning.shape[1:]))).reshape(spanning.shape)
+    flat = spanning.reshape(len(spanning), math.prod(spanning.shape[1:]))
+    chosen = canonical_basis(flat, len(flat)).reshape(spanning.shape)
     result = np.empty((len(chosen), out_rep.size, *spanning.shape[2:]))
     for number, row in enumerate(rows):
         for image, g in images[row].items():
@@ -199,22 +201,3 @@ def _in_double(basis: torch.nn.Module) -> Iterator[None]:
     finally:
         for buffers, name, buffer in original:
             buffers[name] = buffer
-
-
-def _canonical_basis(spanning: np.ndarray) -> np.ndarray:
-    """An orthonormal basis that depends on the span alone: pivoted Gram-Schmidt on its projector.
-
-    :param spanning: of an orthonormal basis ``(number, entries)`` the entries from which the others follow by symmetry.
-    :return: the same entries of the canonical one.
-    """
-    coordinates = np.empty((len(spanning), len(spanning)))
-    chosen = np.empty_like(spanning)
-    remaining = np.einsum("ij,ij->j", spanning, spanning)  # the diagonal of the projector, deflated as we go
-    for k in range(len(spanning)):
-        # The first of the (nearly) largest: a tie broken by rounding would differ between machines.
-        pivot = int(np.argmax(remaining > remaining.max() * (1 - 1e-6)))
-        vector = spanning[:, pivot] - coordinates[:k].T @ (coordinates[:k] @ spanning[:, pivot])
-        coordinates[k] = vector / np.linalg.norm(vector)
-        chosen[k] = coordinates[k] @ spanning
-        remaining -= chosen[k] ** 2
-    return chosen

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steerable layers whose filters are one gather or a few small products of their free parameters."""
+"""Steerable layers whose filters are one look-up or a few small products of their free parameters."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ from pyro_equiflow.ops.representations import (
 __all__ = ["SteerableConv", "SteerableLinear", "check_kernel", "steerable_layer"]
 
 
+# What follows from a layer's types: not saved with it.
+_FOLLOWING = ("plan", "invariants", "affine_map", "_constants")
+
+
 class _BasisLayer(SteerableModule):
     """A linear map ``sum_i weight_i basis_i``, plus a bias in the invariant subspace.
 
@@ -41,13 +45,14 @@ class _BasisLayer(SteerableModule):
     bias: torch.nn.Parameter | None
     plan: ExpansionPlan
     invariants: np.ndarray
+    affine_map: WithPullback
 
     def __init__(
         self, in_type: enn.FieldType, out_type: enn.FieldType, bias: bool, mask: np.ndarray | None = None
     ) -> None:
         bias = check_flag("bias", bias)
         super().__init__(in_type, out_type)
-        self.mask = mask if mask is None else _checked_mask(mask, in_type, out_type)
+        self.mask = mask if mask is None else _check_mask(mask, in_type, out_type)
         invariants = self._build()
         self.weight = torch.nn.Parameter(torch.zeros(self.plan.num_weights))
         if bias and invariants:
@@ -70,12 +75,13 @@ class _BasisLayer(SteerableModule):
         types = (self.in_type, self.out_type)
         self.plan = ExpansionPlan(*types, self._pair_basis, self._kernel_shape(), self.mask)
         self.invariants = invariants
-        self._constants = Constants(invariants=invariants, **self.plan.arrays())
+        self._constants = Constants(invariants=invariants)
+        self.affine_map = self._affine_map()
         return int(invariants.shape[1])
 
     def __getstate__(self) -> dict[str, Any]:
         # Bases can be large and follow from the types: a saved layer is its types and its parameters.
-        return {k: v for k, v in self.__dict__.items() if k not in ("plan", "invariants", "_constants")}
+        return {k: v for k, v in self.__dict__.items() if k not in _FOLLOWING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -91,7 +97,7 @@ class _BasisLayer(SteerableModule):
 
     def filter(self) -> Tensor:
         """The expanded filter ``(out_type.size, in_type.size, *kernel_shape)``."""
-        return self.plan.expand(self.weight, self._constants.like(self.weight))
+        return self.plan.expand(self.weight)
 
     def expanded_bias(self) -> Tensor | None:
         """The bias of every output channel, in the invariant subspace of ``out_type``."""
@@ -101,14 +107,15 @@ class _BasisLayer(SteerableModule):
 
     def expanded(self) -> Expanded:
         """The map by the expanded filter and bias."""
-        return self.with_filter(self.filter(), self.expanded_bias())
+        weight, bias = self.filter(), self.expanded_bias()
+        return Expanded(self.affine_map, (weight,) if bias is None else (weight, bias))
 
-    def with_filter(self, weight: Tensor, bias: Tensor | None) -> Expanded:
-        """The map by a filter and a bias that somebody else has expanded."""
+    def _affine_map(self) -> WithPullback:
+        """The layer as a function of an event, a filter and a bias that somebody has expanded."""
         raise NotImplementedError
 
     def give_parameters(self) -> tuple[Tensor, Tensor]:
-        """Takes the parameters off this layer: from now on it maps by :meth:`with_filter` alone.
+        """Takes the parameters off this layer: from now on it maps by ``affine_map`` alone.
 
         :return: the weights, and the biases, of length 0 where there are none.
         """
@@ -146,25 +153,20 @@ class SteerableLinear(_BasisLayer):
         _check_types(in_type, out_type, dimensions=(0,))
         super().__init__(in_type, out_type, bias, mask)
 
-    def _build(self) -> int:
-        types = (self.in_type, self.out_type)
-        self._rows = any(all(map(is_permutation, {*t.representations})) for t in types)
-        return super()._build()
-
     def _pair_basis(self, in_rep: Representation, out_rep: Representation) -> np.ndarray:
         return intertwiner_basis(in_rep, out_rep)
 
     def _kernel_shape(self) -> tuple[int, ...]:
         return ()
 
-    def with_filter(self, weight: Tensor, bias: Tensor | None) -> Expanded:
+    def _affine_map(self) -> WithPullback:
         """``x @ weight.T + bias``, in the memory layout that suits what works on the result.
 
         Field-wise maps want channels outermost; pointwise ones, between permutation fields, do not care, and rows of
         samples save copies where Jacobians are taken.
         """
-        tensors = (weight,) if bias is None else (weight, bias)
-        return Expanded(_ROWS if self._rows else _CHANNELS_OUTERMOST, tensors)
+        rows = any(all(map(is_permutation, {*t.representations})) for t in (self.in_type, self.out_type))
+        return _ROWS if rows else _CHANNELS_OUTERMOST
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -227,7 +229,7 @@ class SteerableConv(_BasisLayer):
     def _kernel_shape(self) -> tuple[int, ...]:
         return int(self.in_type.gspace.dimensionality) * (self.kernel_size,)
 
-    def with_filter(self, weight: Tensor, bias: Tensor | None) -> Expanded:
+    def _affine_map(self) -> WithPullback:
         """A convolution with the kernel ``weight``."""
         dimensions, pad = len(self._kernel_shape()), self.kernel_size // 2
         convolve, transposed = (F.conv2d, F.conv_transpose2d) if dimensions == 2 else (F.conv3d, F.conv_transpose3d)
@@ -246,7 +248,7 @@ class SteerableConv(_BasisLayer):
 
             return pull
 
-        return Expanded(WithPullback(fn, pullback), (weight,) if bias is None else (weight, bias))
+        return WithPullback(fn, pullback)
 
 
 def steerable_layer(
@@ -271,7 +273,7 @@ def check_kernel(kernel_size: int, padding_mode: str) -> int:
     return size
 
 
-def _checked_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:
+def _check_mask(mask: np.ndarray, in_type: enn.FieldType, out_type: enn.FieldType) -> np.ndarray:
     check_instance("mask", mask, np.ndarray, "an array of booleans or None")
     shape = (len(out_type.representations), len(in_type.representations))
     if mask.shape != shape or mask.dtype != bool:

@@ -15,10 +15,7 @@ from pyro_equiflow.nn.expand import Expanded, SteerableModule, expand
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.nn.lipschitz.operator_norm import convolution_norm, frequencies, spectral_norm
 
-__all__ = ["LINEAR", "expanded_linear", "is_linear", "lipschitz_bound", "weight_norm"]
-
-# Linear layers with a rule below; a subclass that computes something else has none.
-LINEAR = (SteerableLinear, SteerableConv, enn.Linear, enn.R2Conv, enn.R3Conv)
+__all__ = ["WEIGHT_NORMS", "expanded_linear", "is_linear", "lipschitz_bound", "weight_norm"]
 
 
 @functools.singledispatch
@@ -27,7 +24,8 @@ def lipschitz_bound(module: enn.EquivariantModule, spatial_shape: Sequence[int] 
 
     Dispatches on the module's class; register a rule for a class of your own with
     ``@lipschitz_bound.register(MyModule)``, or give a ``SteerableModule`` an attribute ``lipschitz``. Linear layers are
-    bounded by :func:`weight_norm`, a sequence by the product of its parts.
+    bounded by :func:`weight_norm`, a sequence by the product of its parts. The rules for escnn's own layers hold for
+    exactly these classes: a subclass may compute something else.
 
     Example::
 
@@ -47,6 +45,8 @@ def lipschitz_bound(module: enn.EquivariantModule, spatial_shape: Sequence[int] 
     """
     if is_linear(module):
         return weight_norm(module, expanded_linear(module).tensors[0], spatial_shape)
+    if type(module) in _ESCNN_RULES:
+        return _ESCNN_RULES[type(module)](module, spatial_shape)
     raise TypeError(
         f"expected modules with a Lipschitz rule, found {type(module).__name__}; build the network with "
         "pyro_equiflow.nn.lipschitz_net, or register a rule with pyro_equiflow.nn.lipschitz_bound.register, for a "
@@ -62,30 +62,15 @@ def _(module: SteerableModule, spatial_shape: Sequence[int] | None = None) -> Te
     return float(found)
 
 
-@lipschitz_bound.register(enn.SequentialModule)
-def _(module: enn.SequentialModule, spatial_shape: Sequence[int] | None = None) -> Tensor | float:
-    if type(module).forward is not enn.SequentialModule.forward:
-        return lipschitz_bound.dispatch(object)(module, spatial_shape)
-    bounds = [lipschitz_bound(part, spatial_shape) for part in module._modules.values()]
-    return math.prod(bounds)
-
-
-def _activation(kind: type, constant: Callable[[Any], float]) -> None:
-    @lipschitz_bound.register(kind)
-    def _(module: enn.EquivariantModule, spatial_shape: Sequence[int] | None = None) -> Tensor | float:
-        return constant(module) if _computes_as(module, kind) else lipschitz_bound.dispatch(object)(module)
-
-
-_activation(enn.IdentityModule, lambda module: 1.0)
-_activation(enn.ReLU, lambda module: 1.0)
-_activation(enn.ELU, lambda module: max(1.0, abs(float(module.alpha))))
-
-
-def _computes_as(module: enn.EquivariantModule, kind: type) -> bool:
-    """Whether an instance of ``kind`` or of a subclass computes what ``kind`` does: a rule for it says nothing else."""
-    return expand.dispatch(type(module)) is expand.dispatch(kind) and all(
-        getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "expanded")
-    )
+# By exact class: what a subclass computes its parent's rule does not know.
+_ESCNN_RULES: dict[type, Callable[[Any, Sequence[int] | None], Tensor | float]] = {
+    enn.SequentialModule: lambda module, spatial_shape: math.prod(
+        lipschitz_bound(part, spatial_shape) for part in module._modules.values()
+    ),
+    enn.IdentityModule: lambda module, spatial_shape: 1.0,
+    enn.ReLU: lambda module, spatial_shape: 1.0,
+    enn.ELU: lambda module, spatial_shape: max(1.0, abs(float(module.alpha))),
+}
 
 
 @functools.singledispatch
@@ -93,8 +78,9 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
     r"""An upper bound of the operator norm of a linear layer with an expanded weight.
 
     What has a rule here is scaled down where a network is to be held below a constant: dividing an expanded filter by
-    a number keeps it steerable. A class of your own needs a rule of :func:`~pyro_equiflow.nn.expand` too: its first
-    tensor is the weight, the others are added to the layer's result (biases).
+    a number keeps it steerable. A class of your own, a subclass of a known one included, needs a rule here
+    (``@weight_norm.register(MyLayer)``) and one of :func:`~pyro_equiflow.nn.expand`: its first tensor is the weight,
+    the others are added to the layer's result (biases).
 
     On a point the Schatten norm of the matrix, at most 1.03 times the largest singular value; on a grid the largest
     over frequencies, at most 1.05 times more, see
@@ -117,17 +103,15 @@ def weight_norm(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Se
     :param weight: its expanded weight, or some of that weight's input channels.
     :param spatial_shape: the grid; ``None`` for every grid.
     """
-    raise TypeError(f"module: expected a linear layer, found {type(module).__name__}")
+    if type(module) not in WEIGHT_NORMS:
+        raise TypeError(f"module: expected a linear layer, found {type(module).__name__}")
+    return WEIGHT_NORMS[type(module)](module, weight, spatial_shape)
 
 
 def is_linear(module: enn.EquivariantModule) -> bool:
     """Whether a module is a linear layer with a rule of :func:`weight_norm` that is its own."""
-    rule = weight_norm.dispatch(type(module))
-    if rule is weight_norm.dispatch(object):
-        return False
-    return all(
-        _computes_as(module, kind) for kind in LINEAR if weight_norm.dispatch(kind) is rule and isinstance(module, kind)
-    )
+    kind = type(module)
+    return kind in WEIGHT_NORMS or weight_norm.dispatch(kind) is not weight_norm.dispatch(object)
 
 
 def expanded_linear(module: enn.EquivariantModule) -> Expanded:
@@ -141,21 +125,12 @@ def expanded_linear(module: enn.EquivariantModule) -> Expanded:
     return expanded
 
 
-@weight_norm.register(SteerableLinear)
-@weight_norm.register(enn.Linear)
-def _(module: enn.EquivariantModule, weight: Tensor, spatial_shape: Sequence[int] | None = None) -> Tensor:
-    return spectral_norm(weight)
-
-
-@weight_norm.register
-def _(module: SteerableConv, weight: Tensor, spatial_shape: Sequence[int] | None = None) -> Tensor:
+def _steerable_conv_norm(module: SteerableConv, weight: Tensor, spatial_shape: Sequence[int] | None) -> Tensor:
     angles, factor = frequencies(module.in_type, module.kernel_size // 2, module.padding_mode, spatial_shape)
     return convolution_norm(weight, angles, factor)
 
 
-@weight_norm.register(enn.R2Conv)
-@weight_norm.register(enn.R3Conv)
-def _(module: Any, weight: Tensor, spatial_shape: Sequence[int] | None = None) -> Tensor:
+def _escnn_conv_norm(module: Any, weight: Tensor, spatial_shape: Sequence[int] | None) -> Tensor:
     half = module.kernel_size // 2
     found = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding", "padding_mode")}
     wanted = {"stride": 1, "dilation": 1, "groups": 1, "padding": half}
@@ -169,3 +144,13 @@ def _(module: Any, weight: Tensor, spatial_shape: Sequence[int] | None = None) -
     # In float32 escnn samples its bases, so they are steerable up to 5e-7 only: every frequency is looked at.
     angles, factor = frequencies(module.in_type, half, module.padding_mode, spatial_shape, use_symmetry=False)
     return convolution_norm(weight, angles, factor)
+
+
+#: Rules of :func:`weight_norm` by exact class: what a subclass makes of its weight its parent's rule does not know.
+WEIGHT_NORMS: dict[type, Callable[[Any, Tensor, Sequence[int] | None], Tensor]] = {
+    SteerableLinear: lambda module, weight, spatial_shape: spectral_norm(weight),
+    SteerableConv: _steerable_conv_norm,
+    enn.Linear: lambda module, weight, spatial_shape: spectral_norm(weight),
+    enn.R2Conv: _escnn_conv_norm,
+    enn.R3Conv: _escnn_conv_norm,
+}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_equiflow.nn.conditioner import Conditioner
 from pyro_equiflow.nn.expand import Expanded, chained, expand
-from pyro_equiflow.nn.lipschitz.bounds import LINEAR, expanded_linear, is_linear, lipschitz_bound, weight_norm
+from pyro_equiflow.nn.lipschitz.bounds import WEIGHT_NORMS, expanded_linear, is_linear, lipschitz_bound, weight_norm
 from pyro_equiflow.nn.lipschitz.gate import LipschitzGate
 from pyro_equiflow.nn.nonlinearities import FUNCTIONS, PointwiseFunction, PointwiseNonLinearity
 from pyro_equiflow.ops.arguments import check_number
@@ -21,7 +21,9 @@ from pyro_equiflow.ops.tracing import is_traced
 
 __all__ = ["LipschitzConditioner", "Normalized"]
 
-# What rounding may add to a product of bounds, relative, per layer: eight units in the last place of float32.
+# What rounding may add to a product of bounds, relative, per layer: eight units in the last place of float32. A weight
+# is rounded three times, half a unit each, where it is divided by its bound, and the bound, a product of few numbers
+# beside its own allowance, three times; the rest is room.
 _ROUNDING = 1e-6
 
 
@@ -36,7 +38,7 @@ class Normalized(NamedTuple):
 _FIXING_ZERO = (PointwiseNonLinearity, LipschitzGate, enn.IdentityModule, enn.ReLU, enn.ELU)
 
 
-class _Part(NamedTuple):
+class _Addend(NamedTuple):
     """What one of a network's modules adds: its biases, its columns for the context, or its output at zero."""
 
     constant: float | Tensor
@@ -48,11 +50,11 @@ class _Part(NamedTuple):
 class Offset(NamedTuple):
     r"""What a network adds to what it makes of an event.
 
-    :ivar parts: what its modules add.
+    :ivar addends: what its modules add.
     :ivar spatial_shape: the grid.
     """
 
-    parts: tuple[_Part, ...]
+    addends: tuple[_Addend, ...]
     spatial_shape: tuple[int, ...]
 
     @torch.no_grad()
@@ -69,9 +71,9 @@ class Offset(NamedTuple):
         """
         given = torch.zeros((), dtype=torch.float64) if context is None else _length(context.flatten(1), 1)
         # A first module without columns for it takes the context as it takes the event.
-        total = given if self.parts[0].columns is None else torch.zeros_like(given)
+        total = given if self.addends[0].columns is None else torch.zeros_like(given)
         root = math.sqrt(math.prod(self.spatial_shape))
-        for constant, biases, columns, at_zero in self.parts:
+        for constant, biases, columns, at_zero in self.addends:
             total = constant * total
             for bias in biases:
                 total = total + root * _length(bias)
@@ -156,7 +158,7 @@ class LipschitzConditioner(Conditioner):
         :param spatial_shape: as there; the offset is that on one point without it.
         """
         leaves = _leaves(self.network)
-        linear = [is_linear(leaf) for leaf in leaves]
+        linear = [type(leaf) in WEIGHT_NORMS or is_linear(leaf) for leaf in leaves]
         # Where values are not to be seen the bound is the constant itself.
         seen = not is_traced()
         constants = [1.0 if k else lipschitz_bound(leaf, spatial_shape) for leaf, k in zip(leaves, linear)]
@@ -165,12 +167,12 @@ class LipschitzConditioner(Conditioner):
         bound = math.prod(constants)
         cap = (self.lipschitz / (bound * (1 + _ROUNDING) ** len(leaves))) ** (1 / sum(linear))
         between = _functions_between(leaves, linear)
-        parts, added, like = [], [], next(self.network.parameters())
+        maps, addends, like = [], [], next(self.network.parameters())
         for i, leaf in enumerate(leaves):
             if not linear[i]:
-                added.append(_Part(constants[i], at_zero=_at_zero(leaf, like, spatial_shape)))
+                addends.append(_Addend(constants[i], at_zero=_at_zero(leaf, like, spatial_shape)))
             if i in between:
-                parts.append(between[i].expanded_core())
+                maps.append(between[i].expanded_core)
                 continue
             part = expanded_linear(leaf) if linear[i] else expand(leaf)
             if linear[i]:
@@ -187,14 +189,14 @@ class LipschitzConditioner(Conditioner):
                     (before * after) if seen and within < cap else before * after * cap / norm.clamp(min=cap)
                 )
                 columns = weight.narrow(1, weight.shape[1] - free, free) if free else None
-                added.append(_Part(within, bias, columns))
+                addends.append(_Addend(within, bias, columns))
                 if columns is not None:
                     limited = torch.cat([limited, columns * after], 1)
                 part = part._replace(tensors=(limited, *(b if after == 1 else b * after for b in bias)))
-            parts.append(part)
-        reached = min(float(bound) * (1 + _ROUNDING) ** len(parts), self.lipschitz) if seen else self.lipschitz
-        normalized = Normalized(chained(parts), reached)
-        return normalized, Offset(tuple(added), tuple(spatial_shape or ()))
+            maps.append(part)
+        reached = min(float(bound) * (1 + _ROUNDING) ** len(maps), self.lipschitz) if seen else self.lipschitz
+        normalized = Normalized(chained(maps), reached)
+        return normalized, Offset(tuple(addends), tuple(spatial_shape or ()))
 
     def expanded(self) -> Expanded:
         """The normalised network's map on plain tensors, for every grid."""
@@ -240,7 +242,7 @@ def _check_linear(layer: enn.EquivariantModule, context: int) -> None:
     Linear in the weight, plus what does not hang on the event; and with a context, whose columns come last, those
     alone see it.
     """
-    if layer.in_type.gspace.dimensionality or any(isinstance(layer, kind) for kind in LINEAR):
+    if layer.in_type.gspace.dimensionality or type(layer) in WEIGHT_NORMS:
         return
     fn, (weight, *rest) = expanded_linear(layer)
     # Numbers without a pattern, and the global generator left alone.
@@ -280,6 +282,11 @@ def _functions_between(leaves: Sequence[enn.EquivariantModule], linear: Sequence
 
 def _leaves(module: enn.EquivariantModule) -> list[enn.EquivariantModule]:
     """The modules of nested sequences in order."""
-    if lipschitz_bound.dispatch(type(module)) is not lipschitz_bound.dispatch(enn.SequentialModule):
-        return [module]
-    return [leaf for part in module._modules.values() for leaf in _leaves(part)]
+    leaves, pending = [], [module]
+    while pending:
+        part = pending.pop()
+        if type(part) is enn.SequentialModule:
+            pending += reversed(part._modules.values())
+        else:
+            leaves.append(part)
+    return leaves

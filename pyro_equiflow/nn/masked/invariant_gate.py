@@ -11,9 +11,9 @@ from escnn import nn as enn
 from torch import Tensor
 
 from pyro_equiflow.nn.expand import Expanded
-from pyro_equiflow.nn.irreps.invariant_gate import InvariantGate, hidden_widths
-from pyro_equiflow.nn.irreps.parts import IrrepMap, IrrepParts
-from pyro_equiflow.nn.linear.gather import Gather
+from pyro_equiflow.nn.irreps.invariant_gate import InvariantGate, carried_channels, hidden_widths
+from pyro_equiflow.nn.irreps.isotypic import IrrepMap, IsotypicLayout
+from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion
 
 __all__ = ["MaskedInvariantGate", "evenly", "useful_degrees"]
 
@@ -54,12 +54,12 @@ class MaskedInvariantGate:
         function: str,
     ) -> None:
         self._arguments = (in_type, out_type, in_degrees, out_degrees, hidden_dims, function)
-        inputs, outputs = IrrepParts(in_type), IrrepParts(out_type)
+        inputs, outputs = IsotypicLayout(in_type), IsotypicLayout(out_type)
         given, wanted = _by_irrep(inputs, in_degrees), _by_irrep(outputs, out_degrees)
         useful = useful_degrees(in_degrees, out_degrees)
         moving = {irrep.id: irrep for irrep in inputs.irreps if not irrep.is_trivial()}
         sizes = {irrep.id: irrep.size for irrep in [*outputs.irreps, *inputs.irreps] if not irrep.is_trivial()}
-        share = max(hidden_dims) // (4 * max(1, sum(sizes.values())))
+        share = carried_channels(hidden_dims) // max(1, sum(sizes.values()))
         levels = {name: _levels(given[name], wanted.get(name, []), useful) for name in moving}
         mixed = {name: evenly(own, max(len(given[name]), len(own), share)) for name, own in levels.items() if len(own)}
         carried = [(moving[name], len(degrees)) for name, degrees in mixed.items()]
@@ -91,8 +91,8 @@ class MaskedInvariantGate:
         seen = gain > 0
         self._std, self._last = (self._gate.init_std * gain)[seen], self._gate.last[seen]
         # Entries that are masked read some weight, times zero.
-        whole, place = self._gate.gather, np.maximum(np.cumsum(seen) - 1, 0)
-        self._gather = Gather(place[whole.index], whole.factor * seen[whole.index])
+        whole, place = self._gate.expansion, np.maximum(np.cumsum(seen) - 1, 0)
+        self._expansion = EntrywiseExpansion(place[whole.index], whole.factor * seen[whole.index])
 
     def __reduce__(self) -> tuple:
         return MaskedInvariantGate, self._arguments
@@ -107,7 +107,7 @@ class MaskedInvariantGate:
 
     def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
         """The map on plain tensors."""
-        return self._gate.expanded(self._gather(weight), bias)
+        return self._gate.expanded(self._expansion(weight), bias)
 
 
 def useful_degrees(in_degrees: Sequence[int], out_degrees: Sequence[int]) -> list[int]:
@@ -120,9 +120,9 @@ def evenly(levels: list[int], count: int) -> list[int]:
     return [levels[(2 * i + 1) * len(levels) // (2 * count)] for i in range(count)]
 
 
-def _by_irrep(parts: IrrepParts, degrees: Sequence[int]) -> dict[tuple, list[int]]:
+def _by_irrep(layout: IsotypicLayout, degrees: Sequence[int]) -> dict[tuple, list[int]]:
     """The degrees of an irrep's fields, by the irrep's id."""
-    return {name: [degrees[field] for field in fields] for name, fields in zip(parts.ids, parts.fields)}
+    return {name: [degrees[field] for field in fields] for name, fields in zip(layout.ids, layout.fields)}
 
 
 def _levels(given: Sequence[int], wanted: Sequence[int], useful: list[int]) -> list[int]:

@@ -12,11 +12,11 @@ from escnn import nn as enn
 from escnn.group import Representation
 
 from pyro_equiflow.nn.expand import Expanded, SteerableModule
-from pyro_equiflow.nn.layered import Layers
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear, steerable_layer
 from pyro_equiflow.nn.masked.invariant_gate import MaskedInvariantGate, evenly, useful_degrees
-from pyro_equiflow.nn.networks import check_network, gates_by_invariants, hidden_layer
+from pyro_equiflow.nn.networks import gates_by_invariants, hidden_layers
 from pyro_equiflow.nn.nonlinearities import FieldGates, PointwiseNonLinearity
+from pyro_equiflow.nn.packed import PackedLayers
 from pyro_equiflow.ops.arguments import check_integers
 
 __all__ = ["MaskedSteerableNet"]
@@ -82,23 +82,20 @@ class MaskedSteerableNet(SteerableModule):
         padding_mode: str = "zeros",
         zero_init: bool = False,
     ) -> None:
-        hidden_dims = check_network(
+        hidden = hidden_layers(
             in_type, out_type, hidden_dims, nonlinearity, function, kernel_size, padding_mode, zero_init
         )
         super().__init__(in_type, out_type)
-        self.in_degrees = _checked("in_degrees", in_degrees, in_type)
-        self.out_degrees = _checked("out_degrees", out_degrees, out_type)
-        self.hidden_dims, self.nonlinearity, self.function = tuple(hidden_dims), nonlinearity, function
+        self.in_degrees = _check_degrees("in_degrees", in_degrees, in_type)
+        self.out_degrees = _check_degrees("out_degrees", out_degrees, out_type)
+        self.hidden_dims = check_integers("hidden_dims", hidden_dims)
+        self.nonlinearity, self.function = nonlinearity, function
         self.kernel_size, self.padding_mode = kernel_size, padding_mode
-        hidden = [
-            hidden_layer(in_type, out_type, width, nonlinearity=nonlinearity, function=function)
-            for width in hidden_dims
-        ]
         degrees = self.in_degrees, self.out_degrees
         # Not in the module tree, where it would be walked over at every call: parameters are the network's alone.
         self._map: MaskedInvariantGate | MaskedLayers
         if gates_by_invariants(in_type, out_type, hidden):
-            self._map = MaskedInvariantGate(in_type, out_type, *degrees, hidden_dims, function)
+            self._map = MaskedInvariantGate(in_type, out_type, *degrees, self.hidden_dims, function)
         else:
             self._map = MaskedLayers(in_type, out_type, *degrees, hidden, kernel_size, padding_mode)
         # One tensor of weights and one of biases: an optimizer's cost goes by the number of tensors.
@@ -115,7 +112,7 @@ class MaskedSteerableNet(SteerableModule):
         return self._map.expanded(self.weight, self.bias)
 
 
-class MaskedLayers(Layers):
+class MaskedLayers(PackedLayers):
     """Linear layers with masks between fields, and nonlinearities between them.
 
     Parameters as of :class:`MaskedSteerableNet`, with ``hidden`` the nonlinearities.
@@ -183,7 +180,7 @@ def _kinds(layer: PointwiseNonLinearity | FieldGates) -> list[Representation]:
     return fields
 
 
-def _checked(name: str, degrees: Sequence[int], field_type: enn.FieldType) -> list[int]:
+def _check_degrees(name: str, degrees: Sequence[int], field_type: enn.FieldType) -> list[int]:
     found = list(check_integers(name, degrees))
     if len(found) != len(field_type.representations):
         raise ValueError(

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear map as one gather of its weights, where no two basis elements share an entry."""
+"""A linear map as one look-up of its weights, where no two basis elements share an entry."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
 from pyro_equiflow.ops.constants import Constants
 
-__all__ = ["Gather", "block_gather", "is_disjoint"]
+__all__ = ["EntrywiseExpansion", "block_entries", "is_disjoint"]
 
 
-class Gather:
+class EntrywiseExpansion:
     """Entries of matrices, each one weight times a factor.
 
     :param index: which weight stands at each entry.
@@ -37,11 +39,13 @@ class Gather:
         return len(self.index)
 
     @staticmethod
-    def joined(parts: list[Gather], sizes: list[int]) -> Gather:
-        """Several gathers in one, from their weights one after the other, ``sizes`` of each."""
+    def joined(expansions: Sequence[EntrywiseExpansion], sizes: Sequence[int]) -> EntrywiseExpansion:
+        """Several in one, from their weights one after the other, ``sizes`` of each."""
         starts = np.cumsum([0, *sizes[:-1]])
-        index = [part.index + start for part, start in zip(parts, starts)]
-        return Gather(np.concatenate(index), np.concatenate([part.factor for part in parts]))
+        index = np.concatenate([one.index + start for one, start in zip(expansions, starts)])
+        # What has no weights reads some other's, times zero.
+        index = np.minimum(index, max(sum(sizes) - 1, 0))
+        return EntrywiseExpansion(index, np.concatenate([one.factor for one in expansions]))
 
 
 def is_disjoint(basis: np.ndarray) -> bool:
@@ -49,7 +53,7 @@ def is_disjoint(basis: np.ndarray) -> bool:
     return bool(((basis != 0).sum(axis=0) <= 1).all())
 
 
-def block_gather(basis: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def block_entries(basis: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which weight stands at each entry of a block between equal fields, and by what factor.
 
     :param basis: disjoint, shape ``(number, size out, size in, *kernel)``.

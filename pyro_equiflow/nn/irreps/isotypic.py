@@ -17,18 +17,23 @@ from escnn import nn as enn
 from escnn.group import IrreducibleRepresentation
 from torch import Tensor
 
-from pyro_equiflow.nn.linear.gather import Gather, block_gather
-from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.nn.linear.entrywise import EntrywiseExpansion, block_entries
+from pyro_equiflow.ops.channels import ChannelOrder
 from pyro_equiflow.ops.events import split
 from pyro_equiflow.ops.representations import IrrepDecomposition
 
-__all__ = ["IrrepMap", "IrrepParts"]
+__all__ = ["IrrepMap", "IsotypicLayout", "is_of_irreps"]
 
 
-class IrrepParts:
+def is_of_irreps(field_type: enn.FieldType) -> bool:
+    """Whether a type has no base space and is written in the basis of its irreps."""
+    return field_type.gspace.dimensionality == 0 and IrrepDecomposition(field_type).is_identity
+
+
+class IsotypicLayout:
     """Which channels of a field type hold which irrep, the irreps in order of first appearance.
 
-    :param field_type: a type with no base space in the basis of its irreps, see :meth:`fit`.
+    :param field_type: a type with no base space in the basis of its irreps, see :func:`is_of_irreps`.
     :ivar fields: for each irrep the fields in which it stands, one for each time.
     """
 
@@ -46,27 +51,22 @@ class IrrepParts:
         self.trivial = next((i for i, irrep in enumerate(self.irreps) if irrep.is_trivial()), None)
         order = np.concatenate(rows)
         in_order = bool((order == np.arange(len(order))).all())
-        self._constants = Constants(order=None if in_order else order, inverse=None if in_order else np.argsort(order))
-
-    @staticmethod
-    def fit(field_type: enn.FieldType) -> bool:
-        """Whether a type has no base space and is written in the basis of its irreps."""
-        return field_type.gspace.dimensionality == 0 and IrrepDecomposition(field_type).is_identity
+        # Samples stand where the points of a grid would.
+        self._order = None if in_order else ChannelOrder(order, spatial_dims=1)
 
     def prepare(self, x: Tensor) -> None:
         """Makes the index tensors for the dtype and device of ``x``: ``torch.compile`` cannot, while it traces."""
-        self._constants.like(x)
+        if self._order is not None:
+            self._order.apply(x.new_empty(sum(self.sizes), 0))
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """The parts ``(count * size, batch)`` of a tensor ``(channels, batch)``."""
-        order = self._constants.like(x)["order"]
-        return split(x if order is None else x.index_select(0, order), self.sizes)
+        """One tensor per irrep, ``(count * size, batch)``, of a tensor ``(channels, batch)``."""
+        return split(x if self._order is None else self._order.apply(x), self.sizes)
 
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor ``(channels, batch)`` of which these are the parts."""
-        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), 0)
-        inverse = self._constants.like(x)["inverse"]
-        return x if inverse is None else x.index_select(0, inverse)
+    def merge(self, components: Sequence[Tensor]) -> Tensor:
+        """The tensor ``(channels, batch)`` of which :meth:`split` gives these."""
+        x = components[0] if len(components) == 1 else torch.cat(list(components), 0)
+        return x if self._order is None else self._order.undo(x)
 
 
 class IrrepMap:
@@ -75,7 +75,7 @@ class IrrepMap:
     :param inputs: irreps and their multiplicities; those that the output lacks are not read.
     :param outputs: irreps and their multiplicities; each has to be among the inputs.
     :ivar fields: the outputs.
-    :ivar gather: from the weights to the entries of all matrices.
+    :ivar expansion: from the weights to the entries of all matrices.
     :ivar init_std: standard deviations of the weights that keep unit variance (He).
     """
 
@@ -86,8 +86,8 @@ class IrrepMap:
     ) -> None:
         self.fields = list(outputs)
         ids = [irrep.id for irrep, _ in inputs]
-        self._blocks: list[tuple[int, int, int, int, int]] = []  # part read, outputs, inputs, algebra, size
-        gathers, self._shapes = [Gather(np.zeros(0, dtype=np.int64), np.zeros(0))], []
+        self._blocks: list[tuple[int, int, int, int, int]] = []  # irrep read, outputs, inputs, algebra, size
+        expansions, self._shapes = [EntrywiseExpansion(np.zeros(0, dtype=np.int64), np.zeros(0))], []
         std = [np.zeros(0)]
         for irrep, n_out in outputs:
             source = ids.index(irrep.id)
@@ -95,40 +95,39 @@ class IrrepMap:
             algebra = np.asarray(irrep.endomorphism_basis())
             if len(algebra) > 1:
                 # The units of complex numbers and quaternions share no entry: each entry is one weight or minus it.
-                index, sign = block_gather(algebra, np.ones((n_out, n_in), dtype=bool))
+                index, sign = block_entries(algebra, np.ones((n_out, n_in), dtype=bool))
             else:
                 index, sign = np.arange(n_out * n_in).reshape(n_out, n_in), np.ones((n_out, n_in))
-            gathers.append(Gather(index.ravel(), sign.ravel()))
+            expansions.append(EntrywiseExpansion(index.ravel(), sign.ravel()))
             self._shapes.append(index.shape)
             self._blocks.append((source, n_out, n_in, len(algebra), irrep.size))
             std.append(np.full(n_out * n_in * len(algebra), 1 / math.sqrt(n_in * len(algebra))))
+        self._sizes = [rows * columns for rows, columns in self._shapes]
         self.init_std = np.concatenate(std)
         self.num_weights = len(self.init_std)
-        self.gather = Gather.joined(gathers, [len(own) for own in std])
-
-    def expand(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real."""
-        return self.matrices(self.gather(weight))
+        self.expansion = EntrywiseExpansion.joined(expansions, [len(own) for own in std])
 
     def matrices(self, entries: Tensor) -> tuple[Tensor, ...]:
-        """The same matrices from all of their entries, in the order of :attr:`gather`."""
-        parts = split(entries, [rows * columns for rows, columns in self._shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, self._shapes))
+        """The matrix of each irrep: over its multiplicities, or over its channels where the algebra is not real.
+
+        :param entries: of all matrices, in the order of :attr:`expansion`.
+        """
+        return tuple(map(Tensor.view, split(entries, self._sizes), self._shapes))
 
     def is_real(self, index: int) -> bool:
         """Whether the endomorphisms of the output's irrep ``index`` are multiples of the identity."""
         return self._blocks[index][3] == 1
 
     def per_weight(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """For every weight the value of its pair of fields, ``(fields out, fields in)`` an output irrep."""
+        """For every weight the value of its pair of fields, ``(fields out, fields in)`` per output irrep."""
         found = [np.repeat(own, block[3]) for own, block in zip(values, self._blocks)]
         return np.concatenate([np.zeros(0), *found])
 
-    def apply(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-        """The images, one tensor ``(count * size, batch)`` an output irrep."""
+    def apply(self, components: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The images, one tensor ``(count * size, batch)`` per output irrep, of those of the inputs likewise."""
         images = []
         for matrix, (source, n_out, _, number, size) in zip(matrices, self._blocks):
-            x = parts[source]
+            x = components[source]
             if number == 1 and size > 1:
                 images.append((matrix @ x.reshape(matrix.shape[1], -1)).view(n_out * size, -1))
             else:

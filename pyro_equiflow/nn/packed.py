@@ -3,26 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from escnn import nn as enn
 from torch import Tensor
 
-from pyro_equiflow.nn.expand import Expanded, SteerableModule, chained, expand
+from pyro_equiflow.nn.expand import Chain, Expanded, SteerableModule, expand
 from pyro_equiflow.nn.linear.expansion_plan import JointExpansion
 from pyro_equiflow.nn.linear.layers import SteerableConv, SteerableLinear
 from pyro_equiflow.ops.architecture import settings
 
-__all__ = ["LayeredNet", "Layers"]
+__all__ = ["PackedLayers", "PackedNet"]
 
 
-class Layers:
+class PackedLayers:
     """The map of some layers by their weights and biases, each one tensor: an optimizer's cost goes by the number.
 
     :param linears: linear layers; their parameters are taken off them by :meth:`initial`.
-    :param between: the nonlinearities between them, one fewer.
+    :param between: the nonlinearities between them, one fewer, without parameters.
     """
 
     def __init__(
@@ -32,12 +32,18 @@ class Layers:
         self._build()
 
     def _build(self) -> None:
-        self._joint = JointExpansion(
-            [layer.plan for layer in self.linears], [layer.invariants for layer in self.linears]
-        )
+        layers = self.linears
+        self._joint = JointExpansion([layer.plan for layer in layers], [layer.invariants for layer in layers])
+        with_bias = any(layer.invariants.shape[1] for layer in layers)
+        functions: list[tuple[Callable[..., Tensor], int]] = []
+        for layer, nonlinearity in zip(layers, (*self.between, None)):
+            functions.append((layer.affine_map, 2 if with_bias else 1))
+            if nonlinearity is not None:
+                functions.append((expand(nonlinearity).fn, 0))
+        self._chain = Chain(functions)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_joint"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_joint", "_chain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -56,13 +62,15 @@ class Layers:
 
     def expanded(self, weight: Tensor, bias: Tensor) -> Expanded:
         """The layers one after the other."""
-        expanded = zip(self.linears, self._joint.filters(weight), self._joint.biases(bias))
-        linears = [layer.with_filter(weight, bias) for layer, weight, bias in expanded]
-        between = [part for pair in zip(linears, map(expand, self.between)) for part in pair]
-        return chained([*between, linears[-1]])
+        tensors: list[Tensor] = []
+        for own_filter, own_bias in zip(self._joint.filters(weight), self._joint.biases(bias)):
+            tensors.append(own_filter)
+            if own_bias is not None:
+                tensors.append(own_bias)
+        return Expanded(self._chain, tuple(tensors))
 
 
-class LayeredNet(SteerableModule):
+class PackedNet(SteerableModule):
     """A steerable perceptron or CNN with all its parameters in two tensors.
 
     The layers themselves stay out of the module tree, where they would be walked over at every call.
@@ -84,7 +92,7 @@ class LayeredNet(SteerableModule):
         zero_init: bool = False,
     ) -> None:
         super().__init__(linears[0].in_type, linears[-1].out_type)
-        self.layers = Layers(linears, between)
+        self.layers = PackedLayers(linears, between)
         weight, bias = self.layers.initial(zero_init)
         self.weight = torch.nn.Parameter(weight)
         # A parameter that takes part in nothing would have no gradient.
