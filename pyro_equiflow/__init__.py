@@ -11,7 +11,7 @@ from pyro_equiflow import (
     testing,
 )
 from pyro_equiflow import transforms as _transforms
-from pyro_equiflow.distributions import AugmentedDistribution, InvariantNormal, OrbitMixture, augment
+from pyro_equiflow.distributions import AugmentedDistribution, InvariantNormal, OrbitMixture, augment, matrix_group
 from pyro_equiflow.errors import ConvergenceError, EquivarianceError, PrecisionWarning
 from pyro_equiflow.flows import equivariant_flow, image_flow
 from pyro_equiflow.images import bits_per_dim, dequantize
@@ -38,6 +38,7 @@ __all__ = [
     "infer",
     "logdet",
     "maps",
+    "matrix_group",
     "nn",
     "particle_permutation",
     "particle_type",

@@ -4,44 +4,77 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from escnn.nn import FieldType
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import init_to_feasible
-from pyro.params.param_store import param_with_module_name
+from pyro.distributions.transforms import ComposeTransformModule
+from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_equiflow.distributions import OrbitMixture
 from pyro_equiflow.distributions.augmented import AugmentedDistribution, augment
-from pyro_equiflow.errors import EquivarianceError
+from pyro_equiflow.distributions.orbit import Orbit
 from pyro_equiflow.flows import equivariant_flow
-from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
+from pyro_equiflow.infer.averaged_guide import AveragedGuide
+from pyro_equiflow.infer.cosets import split_symmetry
+from pyro_equiflow.infer.invariance import InvarianceReport
 from pyro_equiflow.infer.latents import (
+    Representations,
     latent_field_type,
+    latent_orbit,
     preserved_random_state,
     refuse_subsampled_latents,
     validate_representations,
 )
-from pyro_equiflow.infer.quantiles import constrained_quantiles
-from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer, check_number
+from pyro_equiflow.infer.param_store import take_stored_parameters
+from pyro_equiflow.maps import Spline
+from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
+from pyro_equiflow.ops.representations import IrrepDecomposition
 from pyro_equiflow.ops.serialization import forget_param_store
+from pyro_equiflow.transforms import Compose, EquivariantActNorm, EquivariantTransform, Inverse
 
 __all__ = ["AutoEquivariantFlow"]
 
 _INIT_ROWS = 1024  # base draws that set data-dependent layers
 
 
-class AutoEquivariantFlow(AutoContinuous):
+def _default_flow(field_type: FieldType) -> EquivariantTransform:
+    """Spline couplings; of a single irrep, which has nothing to split, residual steps."""
+    if len(IrrepDecomposition(field_type).blocks) > 1:
+        return equivariant_flow(field_type, num_transforms=4, transformer=Spline(log_scale_bound=0.5), actnorm=False)
+    return equivariant_flow(field_type, kind="residual", num_transforms=6, actnorm=False)
+
+
+def _location_and_scale(field_type: FieldType, latent: Tensor, init_scale: float) -> Inverse:
+    """A last layer, learned: a scale per irrep and a shift of what is invariant, from one point of the latent space.
+
+    Invariant coordinates start at its values with ``init_scale``; irreps that the group moves, which have no location,
+    at its lengths; auxiliary fields, which it has no values of, as the standard normals that are their target.
+    """
+    layer, decomposition = EquivariantActNorm(field_type, data_init=False), IrrepDecomposition(field_type)
+    point = torch.zeros(field_type.size, dtype=torch.float64)
+    point[: len(latent)] = latent
+    coordinates = point @ torch.from_numpy(decomposition.change_of_basis)
+    block_of = torch.from_numpy(decomposition.block_of_channel)
+    sizes = torch.from_numpy(decomposition.sizes).double()
+    squares = torch.zeros_like(sizes).index_add(0, block_of, coordinates.square())
+    scales = (squares / sizes).sqrt().clamp(min=init_scale)
+    scales[[block.irrep.is_trivial() for block in decomposition.blocks]] = init_scale
+    scales[block_of[len(latent) :]] = 1.0
+    with torch.no_grad():
+        layer.log_scale.copy_(-scales.log())
+        layer.loc.copy_(coordinates[decomposition.trivial])
+    return Inverse(layer)
+
+
+class AutoEquivariantFlow(AveragedGuide):
     r"""A normalizing-flow guide that keeps a symmetry of the model exactly.
 
     .. math:: q(u) = N\bigl(T^{-1}(u); 0, I\bigr) \left|\det \frac{\partial T^{-1}}{\partial u}\right|, \qquad
@@ -113,37 +146,52 @@ class AutoEquivariantFlow(AutoContinuous):
     def __init__(
         self,
         model: Callable[..., Any],
-        representations: Mapping[str, FieldType],
+        representations: Representations,
         flow: Callable[[FieldType], Transform] | None = None,
         *,
+        built_in: str = "connected",
         auxiliary: FieldType | int | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_feasible,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
         check_invariance: bool = True,
         num_quantile_samples: int = 10_000,
     ) -> None:
         check_instance("model", model, Callable, "a Pyro model")
-        validate_representations(representations)
+        declared = validate_representations(representations)
         if flow is not None and (not callable(flow) or isinstance(flow, Transform)):
             raise TypeError(
                 "flow: expected a callable from the latent's field type to a transform, found "
                 f"{type(flow).__name__}; for one that is built already pass lambda field_type: transform"
             )
+        check_choice("built_in", built_in, ("connected", "all"))
+        first = next(iter(declared.values()))
+        if built_in == "all" and not isinstance(first, FieldType):
+            raise ValueError(
+                "built_in: expected 'connected' with matrices, which are averaged over, found 'all'; declare field types"
+            )
+        init_scale = check_number("init_scale", init_scale, "(0, inf)")
         num_quantile_samples = check_integer("num_quantile_samples", num_quantile_samples, 1)
         check_invariance = check_flag("check_invariance", check_invariance)
-        check_instance("init_loc_fn", init_loc_fn, Callable, "a function of sites, as Pyro's init_to_feasible")
-        if auxiliary is not None:
-            augment(next(iter(representations.values())), auxiliary)  # raises now what it would on the first call
+        check_instance("init_loc_fn", init_loc_fn, Callable, "a function of sites, as Pyro's init_to_median")
+        if isinstance(auxiliary, FieldType) and not isinstance(first, FieldType):
+            raise TypeError(f"auxiliary: expected a number beside matrices, found the field type {auxiliary}")
+        if isinstance(first, FieldType) and auxiliary is not None:
+            augment(first, auxiliary)  # raises now what it would on the first call
+        elif auxiliary is not None:
+            auxiliary = check_integer("auxiliary", auxiliary, 1, also="None")
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self.representations = dict(representations)
+        self.representations = declared
+        self.built_in = built_in
         self.auxiliary = auxiliary
+        self.init_scale = init_scale
         self.check_invariance = check_invariance
         self.num_quantile_samples = num_quantile_samples
         #: Of the check on the first call.
         self.invariance_report: InvarianceReport | None = None
         #: How the group acts on the whole latent.
         self.field_type: FieldType | None = None
-        #: How the finite group of :meth:`average_over` acts on it.
-        self.average_type: FieldType | None = None
+        #: How the part of it acts that the flow commutes with, on the latent and the auxiliary fields.
+        self.flow_type: FieldType | None = None
         self.transform: Transform | None = None
         self._flow = flow
 
@@ -154,31 +202,28 @@ class AutoEquivariantFlow(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         try:
             refuse_subsampled_latents(self.prototype_trace)
+            self.invariance_report = self._check_model(self.representations, args, kwargs)
             self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
-            if self.check_invariance:
-                self.invariance_report = self._check_model(self.representations, args, kwargs)
-            self.transform = self._build(self._with_auxiliary(self.field_type))
+            self.flow_type, self.orbit = self._split_symmetry(self._with_auxiliary(self.field_type))
+            self.transform = self._build(self.flow_type)
         except Exception:
             self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
             raise
 
-    def _check_model(
-        self, representations: Mapping[str, FieldType], args: tuple, kwargs: dict[str, Any]
-    ) -> InvarianceReport:
-        report = check_model_invariance(self.model, representations, *args, **kwargs)
-        if not report.invariant:
-            raise EquivarianceError(
-                f"the model does not have the declared symmetry. Sites that change: {', '.join(report.offenders)}.\n"
-                f"{report}\nDeclare another group or other representations (they act on unconstrained values), or "
-                "pass check_invariance=False"
-            )
-        return report
-
     def _with_auxiliary(self, field_type: FieldType) -> FieldType:
         return field_type if self.auxiliary is None else augment(field_type, self.auxiliary)
 
+    def _split_symmetry(self, joint_type: FieldType) -> tuple[FieldType, Orbit | None]:
+        """What the flow commutes with, and what its distribution is averaged over."""
+        if isinstance(next(iter(self.representations.values())), FieldType):
+            return split_symmetry(joint_type, self.built_in)
+        return joint_type, self._extended(latent_orbit(self.representations, self._unconstrained_shapes))
+
+    def _num_auxiliary(self) -> int:
+        return 0 if self.auxiliary is None else self._with_auxiliary(self.field_type).size - self.latent_dim
+
     def _build(self, field_type: FieldType) -> Transform:
-        flow = partial(equivariant_flow, field_type) if self._flow is None else partial(self._flow, field_type)
+        flow = partial(_default_flow if self._flow is None else self._flow, field_type)
         transform = flow()
         if not isinstance(transform, Transform):
             raise TypeError(f"flow: expected a callable that gives a transform, found {type(transform).__name__}")
@@ -187,23 +232,18 @@ class AutoEquivariantFlow(AutoContinuous):
                 "flow: expected a transform of vectors, event_dim 1, found one of event_dim "
                 f"{transform.domain.event_dim}"
             )
-        if isinstance(transform, torch.nn.Module):
-            latent = self._init_loc()
-            transform.to(dtype=latent.dtype, device=latent.device)
-            # One or a few particles a step say nothing of a layer's scale: base draws set it, once and for all.
-            with preserved_random_state(), torch.no_grad():
-                rows = torch.randn(_INIT_ROWS, field_type.size, dtype=latent.dtype, device=latent.device)
-                transform(rows)
-        return transform
-
-    def _require_set_up(self) -> Transform:
-        transform = self.transform
-        if transform is None:
-            raise ValueError(
-                f"{type(self).__name__}: expected a guide that was called before, found a fresh one whose flow is "
-                "not built; call guide(*args) with the model's arguments once"
-            )
-        return transform
+        if not isinstance(transform, torch.nn.Module):
+            return transform
+        latent = self._init_loc()
+        transform.to(dtype=latent.dtype, device=latent.device)
+        # One or a few particles a step say nothing of a layer's scale: base draws set it, once and for all.
+        with preserved_random_state(), torch.no_grad():
+            transform(torch.randn(_INIT_ROWS, field_type.size, dtype=latent.dtype, device=latent.device))
+        # Auxiliary fields start as they end, standard normal.
+        last = _location_and_scale(field_type, latent, self.init_scale).to(dtype=latent.dtype, device=latent.device)
+        if isinstance(transform, EquivariantTransform):
+            return Compose([transform, last])
+        return ComposeTransformModule([transform, last])
 
     # ---- Pyro's contract --------------------------------------------------------------------------------------
 
@@ -212,38 +252,41 @@ class AutoEquivariantFlow(AutoContinuous):
         self._require_set_up()
         like = next(self.parameters(), None)
         like = self._init_loc() if like is None else like
-        size = self._with_auxiliary(self.field_type).size
-        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([size]).to_event(1)
+        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([self.flow_type.size]).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        """The flow, from the base to the unconstrained latent values (followed by the auxiliary fields)."""
-        transform = self._require_set_up()
+        """The flow, from the base to the unconstrained latent values (followed by the auxiliary fields).
+
+        It commutes with the group's connected part; the guide's distribution is an average over the rest.
+        """
+        self._require_set_up()
         if self._pyro_context.active and not pyro.settings.get("module_local_params"):
-            self._take_stored_parameters()
-        return transform
+            module = self._modules.get("transform")
+            if module is not None:
+                take_stored_parameters(self._pyro_get_fullname("transform"), module, type(self).__name__)
+        return self.transform
+
+    def _get_unaveraged(self, *args: Any, **kwargs: Any) -> TorchDistribution:
+        return dist.TransformedDistribution(self.get_base_dist(), self.get_transform(*args, **kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
-        """The guide's distribution of the unconstrained latent values; after :meth:`average_over` the average.
+        """The guide's distribution of the unconstrained latent values: the flow's, averaged over the finite rest.
 
         With auxiliary fields it draws exactly, bounds the log-density, and has their joint as ``.joint``.
         """
         joint = super().get_posterior(*args, **kwargs)
-        if self.average_type is not None:
-            # The finite group leaves the auxiliary fields as they are: their target is invariant under any action.
-            fields = joint.event_shape[0] - self.latent_dim
-            joint = OrbitMixture(joint, augment(self.average_type, fields) if fields else self.average_type)
         return joint if self.auxiliary is None else AugmentedDistribution(joint, self.field_type)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the latent at the guide's auxiliary site; auxiliary fields with it, weighed by their target."""
+        joint = self._sample_joint(*args, **kwargs)
         if self.auxiliary is None:
-            return super().sample_latent(*args, **kwargs)
-        posterior, name = self.get_posterior(*args, **kwargs), f"_{self._pyro_name}"
-        joint = pyro.sample(f"{name}_latent", posterior.joint, infer={"is_auxiliary": True})
-        latent, fields = posterior.split(joint)
+            return joint
+        latent, fields = joint.split([self.latent_dim, joint.shape[-1] - self.latent_dim], -1)
         # The model has no site for r(e), so it is taken off the guide; a factor would warn outside of inference.
-        target = dist.Delta(fields, log_density=-posterior.auxiliary_log_prob(fields), event_dim=1)
-        pyro.sample(f"{name}_auxiliary", target, infer={"is_auxiliary": True})
+        log_target = dist.Normal(fields.new_zeros(()), 1.0).log_prob(fields).sum(-1)
+        target = dist.Delta(fields, log_density=-log_target, event_dim=1)
+        pyro.sample(f"_{self._pyro_name}_auxiliary", target, infer={"is_auxiliary": True})
         return latent
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -254,56 +297,6 @@ class AutoEquivariantFlow(AutoContinuous):
                 "site to the model, pyro.sample(name, dist.Normal(torch.zeros(n), 1.0).to_event(1))"
             )
         return super()._unpack_latent(latent)
-
-    def average_over(self, representations: Mapping[str, FieldType], *args: Any, **kwargs: Any) -> None:
-        r"""From now on the guide is the exact average of the flow's distribution over a finite group as well.
-
-        .. math:: \bar q(u) = \frac{1}{|H|} \sum_{h \in H} q(h^{-1} \cdot u)
-
-        (:class:`~pyro_equiflow.OrbitMixture`). Modes that a group maps onto each other are hard for a flow, which is
-        continuous; the flow then learns one of them. Where the posterior is invariant under :math:`H`, the average
-        never lowers the ELBO, and adds up to :math:`\log |H|`. It can come before training or after; a density costs
-        :math:`|H|` inverse passes, and trained on one mode the flow need not pay for them.
-
-        Where the flow's group is normalised by :math:`H` (rotations and a reflection, say), the average is invariant
-        under both. :meth:`get_transform` stays the flow itself.
-
-        :param representations: field types of a finite group by latent site, as for the constructor.
-        :param args: the model's arguments, for the check of the symmetry.
-        :param kwargs: the model's keyword arguments.
-        :raises ValueError: a guide that was not called before, an infinite group, and as for the constructor.
-        :raises EquivarianceError: the model lacks the symmetry (unless ``check_invariance=False``).
-        """
-        self._require_set_up()
-        validate_representations(representations)
-        field_type = latent_field_type(representations, self._unconstrained_shapes)
-        if field_type.fibergroup.order() < 1:
-            raise ValueError(
-                f"representations: expected a finite group to average over, found {field_type.fibergroup}; restrict "
-                "the field types to a finite subgroup, or give the infinite one to the constructor"
-            )
-        if self.check_invariance:
-            self._check_model(representations, args, kwargs)
-        self.average_type = field_type
-
-    def _take_stored_parameters(self) -> None:
-        """Follows the parameter store where it holds other tensors under this guide's names, as PyroParams do."""
-        transform = self._modules.get("transform")
-        if transform is None:
-            return
-        store, name = pyro.get_param_store(), self._pyro_get_fullname("transform")
-        keys = {param_with_module_name(name, key): value for key, value in transform.named_parameters()}
-        first = next(iter(keys), None)
-        if first is None or first not in store or store[first] is keys[first]:
-            return  # the store holds all of a module's parameters or none
-        for key, parameter in keys.items():
-            if key in store and store[key].shape != parameter.shape:
-                raise ValueError(
-                    f"{type(self).__name__}: expected {key!r} of shape {tuple(parameter.shape)} in Pyro's parameter "
-                    f"store, found {tuple(store[key].shape)}, of another guide; call pyro.clear_param_store() before "
-                    "a new fit"
-                )
-        pyro.module(name, transform, update_module_params=True)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As of any module, once the guide was called.
@@ -328,51 +321,3 @@ class AutoEquivariantFlow(AutoContinuous):
         clone.__dict__["_model"] = self._model
         clone.__dict__["_flow"] = self._flow
         return clone
-
-    # ---- summaries --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each latent value, by Monte Carlo: :meth:`quantiles` at one half.
-
-        Of a value that the group moves it says little: an invariant guide's lies at the centre of the orbits.
-        """
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Quantiles of each latent value, by Monte Carlo.
-
-        Of ``num_quantile_samples`` draws (10 000 unless given to the constructor; random numbers are Pyro's, so
-        :func:`pyro.set_rng_seed` repeats them). The standard error of the median is about 1.25 % of a standard
-        deviation, that of the 5 % and 95 % quantiles about 2 %. Values of a site whose support is not a product of
-        intervals (a simplex, say) are the images of unconstrained quantiles, and so in the support.
-
-        :param quantiles: numbers between 0 and 1.
-        :return: by site, shape ``(len(quantiles), *shape)``.
-        :raises ValueError: numbers outside 0 to 1, or a guide that was not called before.
-        """
-        self._require_set_up()
-        if not isinstance(quantiles, Tensor):
-            for quantile in check_instance(
-                "quantiles", quantiles, (list, tuple, np.ndarray), "numbers between 0 and 1"
-            ):
-                check_number("quantiles", quantile, "[0, 1]")
-        latents = self.get_posterior(*args, **kwargs).sample((self.num_quantile_samples,))
-        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device).reshape(-1)
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles: expected numbers between 0 and 1, found {levels.tolist()}")
-        return {
-            site["name"]: constrained_quantiles(unconstrained, levels, site["fn"].support)
-            for site, unconstrained in self._sites_of(latents)
-        }
-
-    def _sites_of(self, latents: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Sites and unconstrained values, samples in front of the site's own shape."""
-        position = 0
-        trace: Any = self.prototype_trace
-        for name, site in trace.iter_stochastic_nodes():
-            shape = self._unconstrained_shapes[name]
-            part = latents[..., position : position + shape.numel()]
-            yield site, part.reshape(*latents.shape[:-1], *shape)
-            position += shape.numel()
