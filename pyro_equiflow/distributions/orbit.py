@@ -29,26 +29,26 @@ class Orbit:
     """Where the elements of a finite list move an event, one after the other.
 
     :param matrices: orthogonal, float64, ``(order, C, C)``; none for a grid.
-    :param field_type: how a group acts on grids, by elements that permute the grid.
+    :param field_type: how the group acts, if escnn knows it; on grids by elements that permute the grid.
     """
 
     def __init__(self, matrices: np.ndarray | None = None, field_type: FieldType | None = None) -> None:
         self.matrices = matrices
-        self._field_type = field_type
+        self.field_type = field_type
         self._constants = Constants(matrices=matrices)
 
     @property
     def size(self) -> int:
         """Number of channels."""
-        return self._field_type.size if self.matrices is None else self.matrices.shape[-1]
+        return self.field_type.size if self.matrices is None else self.matrices.shape[-1]
 
     @property
     def event_dim(self) -> int:
         """Number of dimensions of an event."""
-        return event_dim(self._field_type) if self.matrices is None else 1
+        return event_dim(self.field_type) if self.matrices is None else 1
 
     def __len__(self) -> int:
-        return self._field_type.fibergroup.order() if self.matrices is None else len(self.matrices)
+        return self.field_type.fibergroup.order() if self.matrices is None else len(self.matrices)
 
     def turn(self, x: Tensor) -> Tensor:
         """Every event of a batch, moved by an element of its own, drawn uniformly."""
@@ -58,7 +58,7 @@ class Orbit:
         for index in which.unique().tolist():
             mask = which == index
             if matrices is None:
-                turned[mask] = act(self._field_type, list(self._field_type.fibergroup.elements)[index], x[mask])
+                turned[mask] = act(self.field_type, list(self.field_type.fibergroup.elements)[index], x[mask])
             else:
                 turned[mask] = x[mask] @ matrices[index].mT
         return turned
@@ -67,7 +67,7 @@ class Orbit:
         """What every element would move to these events, ``(order, *batch, *event)``."""
         matrices = self._constants.like(x)["matrices"]
         if matrices is None:
-            return torch.stack([act(self._field_type, ~g, x) for g in self._field_type.fibergroup.elements])
+            return torch.stack([act(self.field_type, ~g, x) for g in self.field_type.fibergroup.elements])
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         return (rows @ matrices).view(len(matrices), *x.shape)
 
@@ -93,7 +93,7 @@ def orbit_of(action: Action, name: str = "action") -> Orbit:
     if group.order() < 1:
         raise ValueError(f"{name}: expected a finite group to average over, found {group}; take a finite subgroup")
     if event_dim(action) == 1:
-        return Orbit(np.stack([channel_matrix(action, g) for g in group.elements]))
+        return Orbit(np.stack([channel_matrix(action, g) for g in group.elements]), action)
     outside = sum(not on_grid(action, g) for g in group.elements)
     if outside:
         raise ValueError(

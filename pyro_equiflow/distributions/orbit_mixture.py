@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from escnn.nn import FieldType
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
@@ -64,6 +65,11 @@ class OrbitMixture(TorchDistribution):
         self.base = base
         self.orbit = orbit
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def field_type(self) -> FieldType | None:
+        """How the group acts; ``None`` of matrices."""
+        return self.orbit.field_type
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variational inference with symmetries: the equivariant guide, the check of models, and how good a guide is."""
 
+from pyro_equiflow.infer.auto_orbit_mixture import AutoOrbitMixture
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
@@ -15,6 +16,7 @@ from pyro_equiflow.infer.metropolis import MetropolisChain, metropolis
 
 __all__ = [
     "AutoEquivariantFlow",
+    "AutoOrbitMixture",
     "EvidenceEstimate",
     "InvarianceReport",
     "MetropolisChain",

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,6 @@ from pyro_equiflow.maps import Spline
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.representations import IrrepDecomposition
-from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.transforms import Compose, EquivariantActNorm, EquivariantTransform, Inverse
 
 __all__ = ["AutoEquivariantFlow"]
@@ -298,26 +296,13 @@ class AutoEquivariantFlow(AveragedGuide):
             )
         return super()._unpack_latent(latent)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of any module, once the guide was called.
-
-        :raises ValueError: the guide was not called before.
-        """
-        self._require_set_up()
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own clears the guide's model; only what is written down goes without it. The transform's callable
-        # is not needed once the flow is built, and is often a lambda.
-        forget_param_store(self)
-        state = {**self.__dict__, "_model": None, "master": None}
+        # The transform's callable is not needed once the flow is built, and is often a lambda.
+        state = super().__getstate__()
         return state if self.transform is None else {**state, "_flow": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoEquivariantFlow:
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        state = {**self.__getstate__(), "_flow": None}
-        clone.__setstate__(copy.deepcopy(state, memo))
-        clone.__dict__["_model"] = self._model
+        memo[id(self._flow)] = self._flow
+        clone = super().__deepcopy__(memo)
         clone.__dict__["_flow"] = self._flow
         return clone

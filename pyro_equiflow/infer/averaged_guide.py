@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
 from pyro_equiflow.distributions import OrbitMixture
@@ -21,6 +22,7 @@ from pyro_equiflow.infer.latents import Representations, block_diagonal, latent_
 from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.infer.supports import kept_inside
 from pyro_equiflow.ops.arguments import check_instance, check_number
+from pyro_equiflow.ops.serialization import forget_param_store
 
 __all__ = ["AveragedGuide"]
 
@@ -124,6 +126,31 @@ class AveragedGuide(AutoContinuous):
         """The same group, which leaves auxiliary fields as they are: their target is invariant under any action."""
         still = np.tile(np.eye(self._num_auxiliary()), (len(orbit), 1, 1))
         return Orbit(block_diagonal([orbit.matrices, still]))
+
+    # ---- saving ----------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module, once the guide was called.
+
+        :raises ValueError: the guide was not called before.
+        """
+        self._require_set_up()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own clears the guide's model; only what is written down goes without it.
+        forget_param_store(self)
+        return {**self.__dict__, "_model": None, "master": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        models = [(name, guide._model) for name, guide in self.named_modules() if isinstance(guide, AutoGuide)]
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        for name, model in models:  # one of Pyro's within lost its own when it was copied
+            for guide in (self, clone):
+                guide.get_submodule(name).__dict__["_model"] = model
+        return clone
 
     # ---- summaries --------------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ def kept_inside(unconstrained: Tensor, support: Any) -> Tensor:
     """The values, those that no number of their dtype in the support stands for drawn in towards 0 until one does.
 
     ``exp(-200.0)`` is 0 in float32, say, which is not positive, and a model that scores it raises. Draws of a fit's
-    first steps reach that far. Gradients are those of the value drawn in.
+    first steps reach that far. So do those whose image is too small or too large for gradients, beyond ``exp(72)`` in
+    float32, ``exp(673)`` in float64. Gradients are those of the value drawn in.
 
     :param unconstrained: shape ``(*batch, *event)`` of the map ``biject_to(support)``.
     :param support: the site's constraint.
@@ -33,12 +34,17 @@ def kept_inside(unconstrained: Tensor, support: Any) -> Tensor:
     bijection = biject_to(support)
     event_dim, value_dim = bijection.domain.event_dim, bijection.codomain.event_dim
 
+    # Gradients of log-densities hold reciprocals, times logarithms: these are to be numbers as well.
+    limits = torch.finfo(unconstrained.dtype)
+    edge = limits.max * limits.eps
+
     def inside(u: Tensor) -> Tensor:
         value = bijection(u)
-        finite = value.isfinite()
+        size = value.abs()
+        usual = (size < edge) & ((size == 0) | (size > 1 / edge))
         if value_dim:
-            finite = finite.flatten(-value_dim).all(-1)
-        return (support.check(value) & finite)[(...,) + event_dim * (None,)]
+            usual = usual.flatten(-value_dim).all(-1)
+        return (support.check(value) & usual)[(...,) + event_dim * (None,)]
 
     with torch.no_grad():
         kept = inside(unconstrained)
