@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from escnn import group
 from escnn import nn as enn
-from escnn.group import GroupElement
+from escnn.group import Group, GroupElement
 from matplotlib.figure import FigureBase
 from torch.distributions import Distribution, Transform
 
@@ -281,6 +281,9 @@ LINES: dict[str, Line] = {
         field_type=HALF_TURNS, shape=(4, 4), levels=1, hidden_dims=(4,), num_transforms=1,
         through=[pe.equivariant_flow, pe.equivariant_coupling, nn.steerable_net],
         without=("zero_init", "split"),
+    ),
+    "field_type": line(
+        {"group": instance(Group, "U(1)", "S_5", ["O(2)"], "")}, group="O(2)", vectors=3
     ),
     "importance_weighted_bound": line(
         {"num_particles": integer(1, 3).but(4)}, log_weights=WEIGHTS, num_particles=2
