@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variational inference with symmetries: the equivariant guide, the check of models, and how good a guide is."""
 
+from pyro_equiflow.infer.alignment import align
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
@@ -20,6 +21,7 @@ __all__ = [
     "MetropolisChain",
     "SiteChange",
     "WeightedDraws",
+    "align",
     "check_model_invariance",
     "evidence_estimate",
     "importance_weighted_bound",

@@ -14,7 +14,7 @@ from escnn.group import Group, IrreducibleRepresentation, Representation
 
 from pyro_equiflow.ops.arguments import check_instance, check_integer
 
-__all__ = ["NamedGroup", "helmert", "named_group", "named_vector", "simplex_representation", "split_name"]
+__all__ = ["TO_XYZ", "NamedGroup", "helmert", "named_group", "named_vector", "simplex_representation", "split_name"]
 
 _KNOWN = (
     '"trivial", "O(1)", "SO(2)", "O(2)", "C_N", "D_N" (of the plane, any N), "SO(3)", "O(3)", "octahedral", '
@@ -112,7 +112,7 @@ def _polygon(family: str, number: int) -> NamedGroup:
 # ---- space -----------------------------------------------------------------------------------------------------
 
 # escnn's irreps of rotations of space have the coordinates in the order y, z, x.
-_TO_XYZ = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+TO_XYZ = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def _rotations(group: Group) -> NamedGroup:
@@ -130,13 +130,13 @@ def _standard(group: Group) -> Representation:
 def _o3() -> NamedGroup:
     """Vectors are odd under the inversion, pseudovectors even."""
     group = egroup.o3_group()
-    return NamedGroup(group, _standard(group), _made(group, "pseudovector", [(0, 1)], _TO_XYZ), group.irrep(1, 0))
+    return NamedGroup(group, _standard(group), _made(group, "pseudovector", [(0, 1)], TO_XYZ), group.irrep(1, 0))
 
 
 def _with_inversion(group: Group) -> NamedGroup:
     """A direct product of the inversion and rotations."""
     vector, pseudovector = (
-        _made(group, name, [((parity,), (1,), 0)], _TO_XYZ) for name, parity in (("vector", 1), ("pseudovector", 0))
+        _made(group, name, [((parity,), (1,), 0)], TO_XYZ) for name, parity in (("vector", 1), ("pseudovector", 0))
     )
     return NamedGroup(group, vector, pseudovector, group.irrep((1,), (0,)))
 
