@@ -216,6 +216,12 @@ LINES: dict[str, Line] = {
     "OrbitMixture": line(base=dist.Normal(torch.zeros(2), 1.0).to_event(1), field_type=VECTOR),
     "act": line({"x": instance(torch.Tensor, X[:, :5], X[0, 0], X.numpy())}, field_type=VECTORS,
                 element=O2.fibergroup.identity, x=X),
+    "align": line(
+        {"draws": instance(torch.Tensor, X.long(), X[:0], X.numpy(), X * float("nan")),
+         "reference": instance(torch.Tensor, X[:, 0], X[0].long()).or_none(),
+         "action": Sort(lambda v: False, ("O(2)", ("S_8", 1), CONTEXT, GRAY, torch.ones(1, 8, 8), {"z": VECTORS}))},
+        draws=X, reference=None, action="O(8)",
+    ),
     "augment": line(field_type=VECTORS, auxiliary=2),
     "AugmentedDistribution.log_prob_bound": line(
         {"value": EVENTS}, of=lambda: _augmented().log_prob_bound, value=X

@@ -135,6 +135,27 @@ def test_every_family_takes_them(name, kind):
             torch.testing.assert_close(moved, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("name, kind, told", [
+    ("SO(3)", "coupling", True), ("SO(3)", "iaf", False), ("SO(3)", "residual", False), ("SO(3)", "implicit", False),
+    ("SO(2)", "iaf", True), ("SO(2)", "residual", True), ("octahedral", "iaf", True), ("octahedral", "residual", True),
+])  # fmt: skip
+def test_left_and_right(name, kind, told):
+    """What the page "Which transform?" says of default networks: whether the map commutes with a reflection as well."""
+    dim = 2 if name in PLANE else 3
+    torch.manual_seed(0)
+    flow = pe.equivariant_flow(
+        pe.field_type(name, vectors=4, scalars=1), kind=kind, num_transforms=2, hidden_dims=(48,), identity_init=False
+    )
+    flow = flow.double().eval()
+    mirror = torch.ones(4, dim, dtype=torch.float64)
+    mirror[:, -1] = -1
+    mirror = torch.cat([mirror.flatten(), torch.ones(1, dtype=torch.float64)])
+    x = torch.randn(20, 4 * dim + 1, dtype=torch.float64)
+    with torch.no_grad():
+        error = (flow(mirror * x) - mirror * flow(x)).abs().max()
+    assert error > 1e-2 if told else error < 1e-7
+
+
 def test_guide_by_name():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([4, 3]).to_event(2))
