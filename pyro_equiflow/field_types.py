@@ -22,24 +22,23 @@ def field_type(
     coordinates, then the second's, and a rotation by the matrix :math:`R` is ``x @ R.T``. Every vector is a field of
     its own, so couplings and IAF split between vectors. Fields come in the order of the keywords.
 
-    ============================================ =========================== ==========================================
-    name                                         a vector is                 the group
-    ============================================ =========================== ==========================================
-    ``"SO(2)"``, ``"O(2)"``                      :math:`(x, y)`              rotations of the plane; and reflections
-    ``"C_5"``, ``"D_5"``                         :math:`(x, y)`              those of a polygon of 5 corners, one of
-                                                                             them on the x axis; any number serves
-    ``"SO(3)"``, ``"O(3)"``                      :math:`(x, y, z)`           rotations of space; and the inversion
-                                                                             :math:`-1`, so reflections too
-    ``"octahedral"``, ``"icosahedral"``          :math:`(x, y, z)`           rotations of the cube, of the icosahedron
-    ``"full octahedral"``, ``"full icosahedral"`` :math:`(x, y, z)`          these and the inversion
-    ``"O(1)"``                                   a number                    its sign, of all of them at once
-    ``"S_2"``, ``"S_3"``, ``"S_4"``              as many exchangeable        permutations: mixture components, say
-                                                 numbers
-    ``"trivial"``                                none: all are scalars       no symmetry
-    ============================================ =========================== ==========================================
+    ========================================= ================= ===================================================
+    name                                      a vector is       the group
+    ========================================= ================= ===================================================
+    ``"SO(2)"``, ``"O(2)"``                   :math:`(x, y)`    rotations of the plane; and reflections
+    ``"C_5"``, ``"D_5"``                      :math:`(x, y)`    those of a polygon of 5 corners, one of them on the
+                                                                x axis; any number serves
+    ``"SO(3)"``, ``"O(3)"``                   :math:`(x, y, z)` rotations of space; and the inversion :math:`-1`,
+                                                                so reflections too
+    ``"octahedral"``, ``"full octahedral"``   :math:`(x, y, z)` rotations of a cube; and the inversion
+    ``"icosahedral"``, ``"full icosahedral"`` :math:`(x, y, z)` those of an icosahedron; and the inversion
+    ``"O(1)"``                                a number          its sign, of all of them at once
+    ``"S_2"``, ``"S_3"``, ``"S_4"``           as many numbers   permutations: of mixture components, say
+    ``"trivial"``                             none              no symmetry: all are scalars
+    ========================================= ================= ===================================================
 
     *Pseudovectors* (cross products, angular momenta, magnetic fields) turn as vectors do and take the determinant of a
-    reflection as a further sign; *pseudoscalars* (triple products, signed areas, angles of the plane's orientation)
+    reflection as a further sign; *pseudoscalars* (triple products, signed areas)
     take that sign alone. A group without reflections does not tell them from vectors and scalars.
 
     escnn's own representations serve as well, wherever a field type is taken. There ``irrep(1)`` of SO(3) and O(3) has

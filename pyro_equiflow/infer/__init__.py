@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variational inference with symmetries: the equivariant guide, the check of models, and how good a guide is."""
+"""Variational inference with symmetries: the guide, the check of models, how good a guide is, alignment of draws."""
 
 from pyro_equiflow.infer.alignment import align
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow

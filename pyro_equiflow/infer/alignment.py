@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ _SETTLED = 1e-6  # the mean's change, as a part of its length
 _ORTHOGONAL = 1e-4
 
 #: What moves one site, see :func:`align`.
-Action = FieldType | str | tuple[str, int] | Sequence[Tensor] | Tensor
+Action: TypeAlias = FieldType | str | tuple[str, int] | Sequence[Tensor] | Tensor
 
 
 @torch.no_grad()
