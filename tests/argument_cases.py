@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from escnn import group
 from escnn import nn as enn
-from escnn.group import GroupElement
+from escnn.group import Group, GroupElement
 from matplotlib.figure import FigureBase
 from torch.distributions import Distribution, Transform
 
@@ -216,6 +216,12 @@ LINES: dict[str, Line] = {
     "OrbitMixture": line(base=dist.Normal(torch.zeros(2), 1.0).to_event(1), field_type=VECTOR),
     "act": line({"x": instance(torch.Tensor, X[:, :5], X[0, 0], X.numpy())}, field_type=VECTORS,
                 element=O2.fibergroup.identity, x=X),
+    "align": line(
+        {"draws": instance(torch.Tensor, X.long(), X[:0], X.numpy(), X * float("nan")),
+         "reference": instance(torch.Tensor, X[:, 0], X[0].long()).or_none(),
+         "action": Sort(lambda v: False, ("O(2)", ("S_8", 1), CONTEXT, GRAY, torch.ones(1, 8, 8), {"z": VECTORS}))},
+        draws=X, reference=None, action="O(8)",
+    ),
     "augment": line(field_type=VECTORS, auxiliary=2),
     "AugmentedDistribution.log_prob_bound": line(
         {"value": EVENTS}, of=lambda: _augmented().log_prob_bound, value=X
@@ -281,6 +287,9 @@ LINES: dict[str, Line] = {
         field_type=HALF_TURNS, shape=(4, 4), levels=1, hidden_dims=(4,), num_transforms=1,
         through=[pe.equivariant_flow, pe.equivariant_coupling, nn.steerable_net],
         without=("zero_init", "split"),
+    ),
+    "field_type": line(
+        {"group": instance(Group, "U(1)", "S_5", ["O(2)"], "")}, group="O(2)", vectors=3
     ),
     "importance_weighted_bound": line(
         {"num_particles": integer(1, 3).but(4)}, log_weights=WEIGHTS, num_particles=2

@@ -26,13 +26,15 @@ _TOLERANCE = 1e-5  # of matrices given in float32, and of their products
 
 
 class Orbit:
-    """Where the elements of a finite list move an event, one after the other.
+    """Where a finite list of orthogonal matrices moves vectors, by one after the other.
 
-    :param matrices: orthogonal, float64, ``(order, C, C)``; none for a grid.
-    :param field_type: how the group acts, if escnn knows it; on grids by elements that permute the grid.
+    :param matrices: float64, ``(order, C, C)``.
+    :param field_type: how the group acts, if escnn knows it.
     """
 
-    def __init__(self, matrices: np.ndarray | None = None, field_type: FieldType | None = None) -> None:
+    event_dim = 1
+
+    def __init__(self, matrices: np.ndarray, field_type: FieldType | None = None) -> None:
         self.matrices = matrices
         self.field_type = field_type
         self._constants = Constants(matrices=matrices)
@@ -40,41 +42,52 @@ class Orbit:
     @property
     def size(self) -> int:
         """Number of channels."""
-        return self.field_type.size if self.matrices is None else self.matrices.shape[-1]
-
-    @property
-    def event_dim(self) -> int:
-        """Number of dimensions of an event."""
-        return event_dim(self.field_type) if self.matrices is None else 1
+        return int(self.matrices.shape[-1])
 
     def __len__(self) -> int:
-        return self.field_type.fibergroup.order() if self.matrices is None else len(self.matrices)
+        return len(self.matrices)
 
     def turn(self, x: Tensor) -> Tensor:
         """Every event of a batch, moved by an element of its own, drawn uniformly."""
         which = torch.randint(len(self), x.shape[: x.dim() - self.event_dim], device=x.device)
-        matrices = self._constants.like(x)["matrices"]
         turned = x.clone()
         for index in which.unique().tolist():
             mask = which == index
-            if matrices is None:
-                turned[mask] = act(self.field_type, list(self.field_type.fibergroup.elements)[index], x[mask])
-            else:
-                turned[mask] = x[mask] @ matrices[index].mT
+            turned[mask] = self._image(index, x[mask])
         return turned
+
+    def _image(self, index: int, x: Tensor) -> Tensor:
+        return x @ self._constants.like(x)["matrices"][index].mT
 
     def preimages(self, x: Tensor) -> Tensor:
         """What every element would move to these events, ``(order, *batch, *event)``."""
-        matrices = self._constants.like(x)["matrices"]
-        if matrices is None:
-            return torch.stack([act(self.field_type, ~g, x) for g in self.field_type.fibergroup.elements])
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        return (rows @ matrices).view(len(matrices), *x.shape)
+        return (rows @ self._constants.like(x)["matrices"]).view(len(self), *x.shape)
 
     def __mul__(self, other: Orbit) -> Orbit:
         """All products, each once: the average over both one after the other."""
         products = np.einsum("aij,bjk->abik", self.matrices, other.matrices).reshape(-1, self.size, self.size)
         return Orbit(products[_distinct(products)])
+
+
+class GridOrbit(Orbit):
+    """Where the elements of a finite group move events on a grid, which they permute."""
+
+    def __init__(self, field_type: FieldType) -> None:
+        super().__init__(np.eye(field_type.size)[None], field_type)
+        self.event_dim = event_dim(field_type)
+        self._elements = list(field_type.fibergroup.elements)
+        self._acting = field_type
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def _image(self, index: int, x: Tensor) -> Tensor:
+        return act(self._acting, self._elements[index], x)
+
+    def preimages(self, x: Tensor) -> Tensor:
+        """What every element would move to these events, ``(order, *batch, *event)``."""
+        return torch.stack([act(self._acting, ~g, x) for g in self._elements])
 
 
 def orbit_of(action: Action, name: str = "action") -> Orbit:
@@ -100,7 +113,7 @@ def orbit_of(action: Action, name: str = "action") -> Orbit:
             f"{name}: expected a group that permutes the grid, found {group} with {outside} elements that do "
             "not; take the subgroup of quarter turns and flips"
         )
-    return Orbit(field_type=action)
+    return GridOrbit(action)
 
 
 def check_orthogonal(matrices: Any, name: str) -> np.ndarray:
@@ -109,8 +122,8 @@ def check_orthogonal(matrices: Any, name: str) -> np.ndarray:
     try:
         rows = [m.detach().cpu().numpy() if isinstance(m, Tensor) else m for m in matrices]
         given = np.array(rows, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{expected}, found {type(matrices).__name__}") from error
+    except (TypeError, ValueError) as cause:
+        raise TypeError(f"{expected}, found {type(matrices).__name__}") from cause
     if given.ndim != 3 or given.shape[1] != given.shape[2] or not given.size:
         raise ValueError(f"{expected}, found shape {given.shape}")
     error = np.abs(given @ given.mT - np.eye(given.shape[-1])).max((1, 2))

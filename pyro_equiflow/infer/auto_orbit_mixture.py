@@ -12,14 +12,10 @@ from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible
 
+from pyro_equiflow.infer.actions import Representations, latent_orbit, validate_representations
 from pyro_equiflow.infer.averaged_guide import AveragedGuide
 from pyro_equiflow.infer.invariance import InvarianceReport
-from pyro_equiflow.infer.latents import (
-    Representations,
-    latent_orbit,
-    refuse_subsampled_latents,
-    validate_representations,
-)
+from pyro_equiflow.infer.latents import refuse_subsampled_latents
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
 
 __all__ = ["AutoOrbitMixture"]

@@ -20,17 +20,11 @@ from torch.distributions import Transform
 from pyro_equiflow.distributions.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions.orbit import Orbit
 from pyro_equiflow.flows import equivariant_flow
+from pyro_equiflow.infer.actions import Representations, latent_field_type, latent_orbit, validate_representations
 from pyro_equiflow.infer.averaged_guide import AveragedGuide
 from pyro_equiflow.infer.cosets import split_symmetry
 from pyro_equiflow.infer.invariance import InvarianceReport
-from pyro_equiflow.infer.latents import (
-    Representations,
-    latent_field_type,
-    latent_orbit,
-    preserved_random_state,
-    refuse_subsampled_latents,
-    validate_representations,
-)
+from pyro_equiflow.infer.latents import preserved_random_state, refuse_subsampled_latents
 from pyro_equiflow.infer.param_store import take_stored_parameters
 from pyro_equiflow.maps import Spline
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
@@ -73,25 +67,40 @@ def _location_and_scale(field_type: FieldType, latent: Tensor, init_scale: float
 
 
 class AutoEquivariantFlow(AveragedGuide):
-    r"""A normalizing-flow guide that keeps a symmetry of the model exactly.
+    r"""A normalizing-flow guide that keeps a symmetry of the model exactly, the best known setting by default.
+
+    A compact group :math:`G` is its connected part :math:`G_0` and finitely many cosets :math:`h_i G_0`: SO(2) and a
+    reflection for O(2), the trivial group and all elements for a finite one. The flow :math:`T` commutes with
+    :math:`G_0`, and the guide is the average over the cosets,
 
     .. math:: q(u) = N\bigl(T^{-1}(u); 0, I\bigr) \left|\det \frac{\partial T^{-1}}{\partial u}\right|, \qquad
-              T(g \cdot \epsilon) = g \cdot T(\epsilon) \;\Rightarrow\; q(g \cdot u) = q(u),
+              T(g \cdot \epsilon) = g \cdot T(\epsilon) \;\; (g \in G_0), \qquad
+              \bar q(u) = \frac{1}{m} \sum_{i=1}^m q(h_i^{-1} \cdot u) = \bar q(g \cdot u) \;\; (g \in G),
 
-    with :math:`u` the unconstrained latent values, flattened and joined in the order of the model's sites. Where the
-    posterior is invariant, so is the guide, by construction and at every step of training.
+    with :math:`u` the unconstrained latent values, flattened and joined in the order of the model's sites. So where
+    the posterior is invariant the guide is, by construction and at every step of training. A flow that commuted with
+    the cosets too would have to stretch one mode, a base's, over all modes that they exchange, and it would leave the
+    origin of moving coordinates where it is; averaged, it learns one mode and has them all. Training pays for no
+    average: with gradients, in training mode, a draw is scored by the :math:`q` it comes from, which gives the ELBO of
+    :math:`q`, a lower bound of that of :math:`\bar q`. With ``torch.no_grad()`` (as of ``SVI.evaluate_loss`` and
+    :func:`importance_weights`) and in ``eval()`` mode scores are those of :math:`\bar q`; draws always are. Further
+    finite groups are averaged over by :meth:`average_over`, any guide of Pyro's by :class:`AutoOrbitMixture`.
 
-    A latent that cannot be split (a single vector, say) takes couplings with ``auxiliary`` fields :math:`e` beside it:
-    the flow then acts on :math:`u \oplus e`, and so does the guide's site. With :math:`r = N(0, I)` as the target of
-    :math:`e` the ELBO stays a lower bound, importance weights a consistent estimate of the evidence:
+    The flow ends with a learned scale per irrep and a shift of what :math:`G_0` leaves unchanged. It starts at the
+    location of ``init_loc_fn`` with ``init_scale`` as the standard deviation; coordinates that :math:`G_0` moves, which
+    can have no location, start at the size of their initial values, or ``init_scale`` where that is larger.
+
+    A latent that cannot be split (a single vector under SO(3), say) takes residual steps by default, or couplings with
+    ``auxiliary`` fields :math:`e` beside it: the flow then acts on :math:`u \oplus e`, and so does the guide's site.
+    With :math:`r = N(0, I)` as the target of :math:`e` the ELBO stays a lower bound, importance weights a consistent
+    estimate of the evidence:
 
     .. math:: E_q\bigl[\log p(u, y) + \log r(e) - \log q(u, e)\bigr] \le E_q\bigl[\log p(u, y) - \log q(u)\bigr]
               \le \log p(y).
 
     The first gap is the mean of :math:`KL(q(e \mid u) \,\|\, r(e))`. :meth:`get_posterior` is then an
     :class:`~pyro_equiflow.AugmentedDistribution`, and ``NeuTraReparam`` needs the auxiliary values as a normal site of
-    the model instead. Where :math:`\log q(u)` itself is asked for, prefer a flow of ``kind="residual"`` or
-    ``"implicit"``, which takes any latent at dearer steps.
+    the model instead.
 
     On its first call the guide runs the model, checks the declared symmetry against the model's log joint
     (:func:`check_model_invariance`) and builds the flow; parameters exist from then on. Call a fresh guide once before
@@ -121,14 +130,18 @@ class AutoEquivariantFlow(AveragedGuide):
 
     :param model: a Pyro model of continuous latent sites and static structure.
     :param representations: field types by latent site, without a base space and of one group, acting on the flattened
-        *unconstrained* value; sites left out are invariant (trivial fields).
-    :param flow: a callable that gives the transform for the latent's field type (any
-        :class:`~torch.distributions.Transform` module that commutes with the group); by default
-        :func:`~pyro_equiflow.equivariant_flow`.
+        *unconstrained* value; sites left out are invariant (trivial fields). Or, of a finite group, the orthogonal
+        matrices of all elements (:func:`~pyro_equiflow.matrix_group`), in one order for all sites.
+    :param flow: a callable that gives the transform for the field type of what is built in, :attr:`flow_type` (any
+        :class:`~torch.distributions.Transform` module that commutes with its group); by default four couplings of
+        splines, :func:`~pyro_equiflow.equivariant_flow`, with linear maps between them.
         It is moved to the dtype and device of the latent values. Data-dependent layers are set by draws of the base.
+    :param built_in: what the flow commutes with: ``"connected"``, the connected part of the group, or ``"all"`` of it,
+        with no average. A group of more than 128 cosets is built in.
     :param auxiliary: how the group acts on auxiliary fields, or a number of invariant ones, see
         :func:`~pyro_equiflow.augment`; the flow is then built for ``augment(latent_type, auxiliary)``.
-    :param init_loc_fn: Pyro's per-site initialisation, used to find the sites' shapes only.
+    :param init_loc_fn: Pyro's per-site initialisation: the location of invariant coordinates, the size of moving ones.
+    :param init_scale: the standard deviation that invariant coordinates start with.
     :param check_invariance: whether the symmetry is checked on the first call.
     :param num_quantile_samples: draws behind :meth:`median` and :meth:`quantiles`.
     :raises TypeError: ``representations``, ``flow`` or ``auxiliary`` of another kind.
@@ -165,7 +178,8 @@ class AutoEquivariantFlow(AveragedGuide):
         first = next(iter(declared.values()))
         if built_in == "all" and not isinstance(first, FieldType):
             raise ValueError(
-                "built_in: expected 'connected' with matrices, which are averaged over, found 'all'; declare field types"
+                "built_in: expected 'connected' with matrices, which are averaged over, found 'all'; "
+                "declare field types"
             )
         init_scale = check_number("init_scale", init_scale, "(0, inf)")
         num_quantile_samples = check_integer("num_quantile_samples", num_quantile_samples, 1)
@@ -218,7 +232,8 @@ class AutoEquivariantFlow(AveragedGuide):
         return joint_type, self._extended(latent_orbit(self.representations, self._unconstrained_shapes))
 
     def _num_auxiliary(self) -> int:
-        return 0 if self.auxiliary is None else self._with_auxiliary(self.field_type).size - self.latent_dim
+        field_type: Any = self.field_type
+        return self._with_auxiliary(field_type).size - self.latent_dim
 
     def _build(self, field_type: FieldType) -> Transform:
         flow = partial(_default_flow if self._flow is None else self._flow, field_type)
@@ -239,18 +254,21 @@ class AutoEquivariantFlow(AveragedGuide):
             transform(torch.randn(_INIT_ROWS, field_type.size, dtype=latent.dtype, device=latent.device))
         # Auxiliary fields start as they end, standard normal.
         last = _location_and_scale(field_type, latent, self.init_scale).to(dtype=latent.dtype, device=latent.device)
-        if isinstance(transform, EquivariantTransform):
-            return Compose([transform, last])
-        return ComposeTransformModule([transform, last])
+        plain: Any = transform  # mypy takes no Transform that is a Module for an EquivariantTransform
+        if isinstance(plain, EquivariantTransform):
+            return Compose([plain, last])
+        return ComposeTransformModule([plain, last])
 
     # ---- Pyro's contract --------------------------------------------------------------------------------------
 
     def get_base_dist(self) -> TorchDistribution:
         """The standard normal on the latent (and the auxiliary fields), in the flow's dtype and on its device."""
         self._require_set_up()
+        flow_type: Any = self.flow_type
+        size = flow_type.size
         like = next(self.parameters(), None)
         like = self._init_loc() if like is None else like
-        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([self.flow_type.size]).to_event(1)
+        return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([size]).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """The flow, from the base to the unconstrained latent values (followed by the auxiliary fields).
@@ -262,7 +280,8 @@ class AutoEquivariantFlow(AveragedGuide):
             module = self._modules.get("transform")
             if module is not None:
                 take_stored_parameters(self._pyro_get_fullname("transform"), module, type(self).__name__)
-        return self.transform
+        transform: Any = self.transform
+        return transform
 
     def _get_unaveraged(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         return dist.TransformedDistribution(self.get_base_dist(), self.get_transform(*args, **kwargs))

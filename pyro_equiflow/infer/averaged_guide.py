@@ -17,8 +17,8 @@ from torch import Tensor
 from pyro_equiflow.distributions import OrbitMixture
 from pyro_equiflow.distributions.orbit import Orbit
 from pyro_equiflow.errors import EquivarianceError
+from pyro_equiflow.infer.actions import Representations, block_diagonal, latent_orbit, validate_representations
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
-from pyro_equiflow.infer.latents import Representations, block_diagonal, latent_orbit, validate_representations
 from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.infer.supports import kept_inside
 from pyro_equiflow.ops.arguments import check_instance, check_number
@@ -125,7 +125,8 @@ class AveragedGuide(AutoContinuous):
     def _extended(self, orbit: Orbit) -> Orbit:
         """The same group, which leaves auxiliary fields as they are: their target is invariant under any action."""
         still = np.tile(np.eye(self._num_auxiliary()), (len(orbit), 1, 1))
-        return Orbit(block_diagonal([orbit.matrices, still]))
+        matrices: Any = orbit.matrices
+        return Orbit(block_diagonal([matrices, still]))
 
     # ---- saving ----------------------------------------------------------------------------------------------
 

@@ -15,15 +15,18 @@ from escnn.group import GroupElement
 from escnn.nn import FieldType
 from torch import Tensor
 
-from pyro_equiflow.infer.joint_density import LogJoint
-from pyro_equiflow.infer.latents import (
+from pyro_equiflow.infer.actions import (
+    Numbered,
     Representations,
-    preserved_random_state,
+    field_norms,
+    moved,
     site_actions,
     validate_representations,
 )
+from pyro_equiflow.infer.joint_density import LogJoint
+from pyro_equiflow.infer.latents import preserved_random_state
 from pyro_equiflow.ops.arguments import check_instance, check_integer, check_number
-from pyro_equiflow.ops.events import act, check_elements
+from pyro_equiflow.ops.events import check_elements
 from pyro_equiflow.ops.representations import probe_elements
 
 __all__ = ["InvarianceReport", "SiteChange", "check_model_invariance"]
@@ -35,19 +38,6 @@ _CLOSER = 60  # as many more before a model is refused: what is rounded coarsely
 _CLEAR = 100.0  # but where a change is that many times what rounding explains, there is no doubt
 _NOISE = 2.0  # their distance in machine epsilons
 _SAFETY = 4.0  # by which the seen effect of rounding, and that of its terms' own, are multiplied
-
-
-class _Numbered(NamedTuple):
-    """An element of a group given by matrices: its place among them, or the inverse of the one there."""
-
-    number: int
-    inverted: bool = False
-
-    def __invert__(self) -> _Numbered:
-        return _Numbered(self.number, not self.inverted)
-
-    def __str__(self) -> str:
-        return f"of matrix {self.number}"
 
 
 class SiteChange(NamedTuple):
@@ -102,7 +92,7 @@ class InvarianceReport:
     invariant: bool
     absolute: float
     sites: dict[str, SiteChange]
-    element: GroupElement | _Numbered | None
+    element: GroupElement | Numbered | None
     evaluations: int
     summed: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
@@ -196,7 +186,7 @@ def check_model_invariance(
     if not isinstance(first, FieldType):
         if elements is not None:
             raise ValueError("elements: expected None beside matrices, which are the elements; leave it out")
-        elements = _some([_Numbered(number) for number in range(len(first))])
+        elements = _some([Numbered(number) for number in range(len(first))])
     elif elements is not None:
         elements = check_elements(first, elements)
         if not elements:
@@ -258,7 +248,7 @@ class _Orbit:
         self.probe(_PROBES)
         self.is_finite = all(math.isfinite(site.value + self._felt[name]) for name, site in self.reference.items())
         if self.is_finite:
-            self._moved = [joint(_moved(actions, element, draw)) for element in elements]
+            self._moved = [joint(moved(actions, element, draw)) for element in elements]
 
     def probe(self, count: int) -> None:
         """Looks at what rounding of the latent values does to each site."""
@@ -327,36 +317,13 @@ def _ratios(changes: Tensor, allowances: Tensor, tolerance: float) -> Tensor:
     return whole.abs() / (allowed + tolerance).clamp(min=torch.finfo(allowed.dtype).tiny)
 
 
-def _moved(actions: Mapping[str, Any], element: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    moved = dict(values)
-    for name, action in actions.items():
-        flat = values[name].reshape(-1)
-        if isinstance(action, FieldType):
-            flat = act(action, element, flat)
-        else:
-            matrix = torch.tensor(action[element.number], dtype=flat.dtype, device=flat.device)
-            flat = (matrix.mT if element.inverted else matrix) @ flat
-        moved[name] = flat.reshape(values[name].shape)
-    return moved
-
-
 def _rounded(actions: Mapping[str, Any], element: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """There and back again by a group element, and further rounding of its size field by field."""
     noisy = {}
-    for name, value in _moved(actions, element, values).items():
-        norm = _field_norms(actions[name], value) if name in actions else value.abs()
+    for name, value in moved(actions, element, values).items():
+        norm = field_norms(actions[name], value) if name in actions else value.abs()
         noisy[name] = value + _NOISE * torch.finfo(value.dtype).eps * norm * torch.randn_like(value)
-    return _moved(actions, ~element, noisy)
-
-
-def _field_norms(action: FieldType | np.ndarray, value: Tensor) -> Tensor:
-    """At each entry the norm of its field; matrices may mix all entries."""
-    if not isinstance(action, FieldType):
-        return value.norm().expand(value.shape)
-    sizes = torch.tensor([r.size for r in action.representations], device=value.device)
-    field = torch.repeat_interleave(torch.arange(len(sizes), device=value.device), sizes)
-    squares = value.new_zeros(len(sizes)).index_add(0, field, value.reshape(-1).square())
-    return squares.sqrt()[field].reshape(value.shape)
+    return moved(actions, ~element, noisy)
 
 
 def _some(elements: list[Any]) -> list[Any]:
