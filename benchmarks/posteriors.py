@@ -41,7 +41,6 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoNormalizingFlow,
 )
-from pyro.poutine.util import site_is_subsample
 from timing import clock, ratio
 
 from pyro_equiflow.infer import AutoEquivariantFlow, evidence_estimate, importance_weights
@@ -120,17 +119,11 @@ def fit(posterior: Posterior, run: Run, now: Callable[[], float]) -> tuple[Any, 
 
 def score(posterior: Posterior, guide: Any, draws: int) -> dict[str, float]:
     """ELBO, importance-weighted evidence and effective share of the guide's draws, on all of the data."""
-
-    def whole(*args: Any) -> Any:
-        # Pyro's guides repeat the plates that they were made with, and so their subsamples.
-        with pyro.poutine.block(hide_fn=site_is_subsample):
-            return guide(*args)
-
     guide.eval()
     largest = max(value.numel() for value in posterior.data if isinstance(value, torch.Tensor))
     at_once = max(1, min(1000, PAIRS_AT_ONCE // largest))
     found = evidence_estimate(
-        importance_weights(posterior.model, whole, *posterior.data, num_samples=draws, batch_size=at_once)
+        importance_weights(posterior.model, guide, *posterior.data, num_samples=draws, batch_size=at_once)
     )
     return {"elbo": found.elbo, "stderr": found.elbo_stderr, "bound": found.log_evidence, "ess": found.efficiency}
 
