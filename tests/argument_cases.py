@@ -21,6 +21,7 @@ from escnn import group
 from escnn import nn as enn
 from escnn.group import Group, GroupElement
 from matplotlib.figure import FigureBase
+from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
 from torch.distributions import Distribution, Transform
 
 import pyro_equiflow as pe
@@ -42,6 +43,7 @@ from tests.argument_names import (
     SORTS,
     TOLERANCE,
     TRANSFORM,
+    TURNS,
     TYPE,
     VECTOR,
     VECTORS,
@@ -154,6 +156,10 @@ LINES: dict[str, Line] = {
         {"flow": CALLABLE.or_none().but(torch.distributions.ExpTransform()), "auxiliary": SORTS["auxiliary"].or_none()},
         model=model, representations={"z": VECTORS},
     ),
+    "AutoOrbitMixture": line(
+        {"guide": instance(AutoContinuous, model, pe.equivariant_linear(VECTORS))},
+        guide=_Made(lambda: AutoMultivariateNormal(model)), representations={"z": TURNS},
+    ),
     "Compose": line(transforms=_Made(lambda: [coupling()])),
     "ConditionalEquivariantCoupling": line(
         _REQUIRED, field_type=VECTORS, context_type=CONTEXT, conditioner=_CONTEXT_NET,
@@ -213,7 +219,14 @@ LINES: dict[str, Line] = {
         {"kept": integers(lambda v: False, 1, (0, 0), (9,), "ab").or_none()}, of=lambda: pe.MultiScale.types,
         field_type=GRAY, haar=True,
     ),
-    "OrbitMixture": line(base=dist.Normal(torch.zeros(2), 1.0).to_event(1), field_type=VECTOR),
+    "OrbitMixture": line(
+        {"action": Sort(lambda v: False, (VECTORS, GRAY, "ab", [[1.0]], 2 * torch.eye(2)[None]))},
+        base=dist.Normal(torch.zeros(2), 1.0).to_event(1), action=VECTOR,
+    ),
+    "matrix_group": line(
+        {"generators": Sort(lambda v: False, ("ab", [[1.0]], 2 * torch.eye(2)[None], None))},
+        generators=-torch.eye(2)[None],
+    ),
     "act": line({"x": instance(torch.Tensor, X[:, :5], X[0, 0], X.numpy())}, field_type=VECTORS,
                 element=O2.fibergroup.identity, x=X),
     "align": line(
@@ -226,11 +239,11 @@ LINES: dict[str, Line] = {
     "AugmentedDistribution.log_prob_bound": line(
         {"value": EVENTS}, of=lambda: _augmented().log_prob_bound, value=X
     ),
-    "AutoEquivariantFlow.average_over": line(
+    "AveragedGuide.average_over": line(
         {"representations": SORTS["representations"].but({"z": VECTORS})},
         of=lambda: guide().average_over, representations={"z": enn.FieldType(C4, 4 * [C4.irrep(1)])},
     ),
-    "AutoEquivariantFlow.quantiles": line(
+    "AveragedGuide.quantiles": line(
         {"quantiles": instance(list | tuple | torch.Tensor | np.ndarray, [2.0], [-0.1], "ab", [float("nan")], ["a"])},
         of=lambda: guide().quantiles, quantiles=[0.5],
     ),

@@ -61,6 +61,9 @@ def guide() -> pe.AutoEquivariantFlow:
     return made
 
 
+TURNS = enn.FieldType(C4, 4 * [C4.irrep(1)])
+
+
 # ---- sorts --------------------------------------------------------------------------------------------------
 
 TYPE = instance(enn.FieldType, VECTORS.gspace, enn.FieldType(C4, [_SKEW]))
@@ -88,6 +91,7 @@ CHANNELS = integers(lambda v: all(i >= 1 for i in v), 64, (8, 0), (8.5,), (True,
 SORTS: dict[str, Sort] = {
     "actnorm": FLAG,
     "adjoint": instance(solvers.Adjoint).or_none(),
+    "built_in": choice("all", "connected"),
     "bound": number("(0, inf)", 2.0),
     "alpha": number("[0, 0.5)", 0.1),
     "auxiliary": Sort(lambda v: isinstance(v, enn.FieldType) or integer().takes(v), (0, -1, True, GRAY, 1.0)),
@@ -125,6 +129,7 @@ SORTS: dict[str, Sort] = {
     "images": IMAGES,
     "in_type": TYPE,
     "init_loc_fn": CALLABLE,
+    "init_scale": number("(0, inf)", 0.1),
     "irreps": instance(list | tuple, [], [1], [C4.irrep(1)], [C4.regular_repr], O2.irrep(1, 1), "ab"),
     "joint": DENSITY.but(NORMAL),
     "kept": integers(lambda v: 0 < len(set(v)) == len(v) < 4 and set(v) <= {0, 1, 2, 3}, 1, (4,), ()).or_none(),
@@ -142,6 +147,7 @@ SORTS: dict[str, Sort] = {
     "log_scale_bound": number("(0, inf)", 1.0).or_none(),
     "log_weights": LOG_WEIGHTS,
     "mask": instance(np.ndarray, np.ones((4, 4)), np.ones((3, 4), bool), np.ones(4, bool)).or_none(),
+    "max_order": integer(numpy=10),
     "max_plate_nesting": integer(0).or_none(),
     "max_steps": integer(numpy=100).or_none(),
     "memory": integer(),

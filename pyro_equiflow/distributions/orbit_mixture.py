@@ -58,7 +58,7 @@ class OrbitMixture(TorchDistribution):
             check_flag("validate_args", validate_args, also="None")
         orbit = action if isinstance(action, Orbit) else orbit_of(action)
         if len(base.event_shape) != orbit.event_dim or base.event_shape[0] != orbit.size:
-            spatial = ", *spatial" if orbit.event_dim > 1 else ""
+            spatial = " *spatial" if orbit.event_dim > 1 else ""
             raise ValueError(
                 f"base: expected events of shape ({orbit.size},{spatial}), found {tuple(base.event_shape)}"
             )
