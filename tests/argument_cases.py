@@ -220,7 +220,7 @@ LINES: dict[str, Line] = {
         field_type=GRAY, haar=True,
     ),
     "OrbitMixture": line(
-        {"action": Sort(lambda v: False, (VECTORS, GRAY, "ab", [[1.0]], 2 * torch.eye(2)[None]))},
+        {"action": Sort(lambda v: False, ("ab", [[1.0]], 2 * torch.eye(2)[None]))},
         base=dist.Normal(torch.zeros(2), 1.0).to_event(1), action=VECTOR,
     ),
     "matrix_group": line(
