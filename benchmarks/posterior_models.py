@@ -271,6 +271,7 @@ EVIDENCE: dict[str, Evidence] = {
     "power": Evidence(-2.7009194, 0.0),
     "cities": Evidence(-3.538146, 0.0),
     "mixture": Evidence(-154.802, 0.020),  # 1000, 8
+    "miserables": Evidence(-689.5, 0.2),  # 64, 3
     "landmarks": Evidence(67.26, 0.23),  # 300, 4
     "factors": Evidence(-959.757, 0.036),  # 1000, 4
     "factorization": Evidence(-58.630, 0.035),  # 1000, 4
