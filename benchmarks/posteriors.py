@@ -135,7 +135,7 @@ def trained(run: Run, draws: int, now: Callable[[], float]) -> dict[str, Any]:
     posterior = POSTERIORS[run.posterior]()
     try:
         guide, steps, seconds = fit(posterior, run, now)
-        found = {"steps": steps, "seconds": round(seconds, 2), **score(posterior, guide, draws)}
+        found: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 2), **score(posterior, guide, draws)}
     except (ArithmeticError, ValueError, RuntimeError) as error:  # of other kinds would be this script's own
         found = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
     return {**run._asdict(), **found}
@@ -246,8 +246,8 @@ def draw(cells: dict[str, dict[str, Cell]], path: Path) -> None:
             if guide in by_guide and math.isfinite(by_guide[guide].mean):
                 places.append(place)
                 short.append(goal - by_guide[guide].mean)
-        ours = guide == OURS
-        axis.scatter(short, places, 30, "black" if ours else "none", marker, edgecolors="black", label=guide)
+        fill = "black" if guide == OURS else "none"
+        axis.scatter(short, places, s=30, facecolors=fill, edgecolors="black", marker=marker, label=guide)
     axis.set_xscale("symlog", linthresh=0.1)
     axis.set_yticks(range(len(cells)), list(cells))
     axis.invert_yaxis()
