@@ -20,10 +20,9 @@ from typing import Any
 
 import pyro
 import torch
-from escnn import group
 from timing import clock
 
-from pyro_equiflow import equivariant_flow
+from pyro_equiflow import equivariant_flow, field_type
 from pyro_equiflow.infer import AutoEquivariantFlow
 from pyro_equiflow.logdet import Exact
 
@@ -59,7 +58,7 @@ def run(name: str, flow: Callable, learning_rate: float, network: tutorial.Netwo
     """One guide trained and measured, alone and averaged over a reflection."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    guide = AutoEquivariantFlow(tutorial.model, {"z": tutorial.vectors(group.so2_group(), len(network.graph))}, flow)
+    guide = AutoEquivariantFlow(tutorial.model, {"z": field_type("SO(2)", vectors=len(network.graph))}, flow)
     now = clock(args.device)
     start = now()
     tutorial.fit(name, guide, learning_rate, network, args.steps, args.particles)
@@ -67,7 +66,7 @@ def run(name: str, flow: Callable, learning_rate: float, network: tutorial.Netwo
     guide.eval()
     score_exactly(guide)
     rows = [tutorial.measure(f"{name}: SO(2)", guide, network, args.draws, seconds)]
-    guide.average_over({"z": tutorial.vectors(group.cyclic_group(2), len(network.graph))}, network)
+    guide.average_over({"z": field_type("D_1", vectors=len(network.graph))}, network)
     return [*rows, tutorial.measure("  averaged: O(2)", guide, network, args.draws, seconds)]
 
 

@@ -24,6 +24,7 @@ EXPERIMENTS = (
     "karate.py",
     "phi4.py",
     "particles.py",
+    "posteriors.py",
 )
 
 

@@ -11,8 +11,9 @@ from pyro_equiflow import (
     testing,
 )
 from pyro_equiflow import transforms as _transforms
-from pyro_equiflow.distributions import AugmentedDistribution, InvariantNormal, OrbitMixture, augment
+from pyro_equiflow.distributions import AugmentedDistribution, InvariantNormal, OrbitMixture, augment, matrix_group
 from pyro_equiflow.errors import ConvergenceError, EquivarianceError, PrecisionWarning
+from pyro_equiflow.field_types import field_type
 from pyro_equiflow.flows import equivariant_flow, image_flow
 from pyro_equiflow.images import bits_per_dim, dequantize
 from pyro_equiflow.infer import *  # noqa: F403
@@ -34,10 +35,12 @@ __all__ = [
     "bits_per_dim",
     "dequantize",
     "equivariant_flow",
+    "field_type",
     "image_flow",
     "infer",
     "logdet",
     "maps",
+    "matrix_group",
     "nn",
     "particle_permutation",
     "particle_type",

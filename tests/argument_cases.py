@@ -19,8 +19,9 @@ import pyro.distributions as dist
 import torch
 from escnn import group
 from escnn import nn as enn
-from escnn.group import GroupElement
+from escnn.group import Group, GroupElement
 from matplotlib.figure import FigureBase
+from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
 from torch.distributions import Distribution, Transform
 
 import pyro_equiflow as pe
@@ -42,6 +43,7 @@ from tests.argument_names import (
     SORTS,
     TOLERANCE,
     TRANSFORM,
+    TURNS,
     TYPE,
     VECTOR,
     VECTORS,
@@ -154,6 +156,10 @@ LINES: dict[str, Line] = {
         {"flow": CALLABLE.or_none().but(torch.distributions.ExpTransform()), "auxiliary": SORTS["auxiliary"].or_none()},
         model=model, representations={"z": VECTORS},
     ),
+    "AutoOrbitMixture": line(
+        {"guide": instance(AutoContinuous, model, pe.equivariant_linear(VECTORS))},
+        guide=_Made(lambda: AutoMultivariateNormal(model)), representations={"z": TURNS},
+    ),
     "Compose": line(transforms=_Made(lambda: [coupling()])),
     "ConditionalEquivariantCoupling": line(
         _REQUIRED, field_type=VECTORS, context_type=CONTEXT, conditioner=_CONTEXT_NET,
@@ -213,18 +219,31 @@ LINES: dict[str, Line] = {
         {"kept": integers(lambda v: False, 1, (0, 0), (9,), "ab").or_none()}, of=lambda: pe.MultiScale.types,
         field_type=GRAY, haar=True,
     ),
-    "OrbitMixture": line(base=dist.Normal(torch.zeros(2), 1.0).to_event(1), field_type=VECTOR),
+    "OrbitMixture": line(
+        {"action": Sort(lambda v: False, ("ab", [[1.0]], 2 * torch.eye(2)[None]))},
+        base=dist.Normal(torch.zeros(2), 1.0).to_event(1), action=VECTOR,
+    ),
+    "matrix_group": line(
+        {"generators": Sort(lambda v: False, ("ab", [[1.0]], 2 * torch.eye(2)[None], None))},
+        generators=-torch.eye(2)[None],
+    ),
     "act": line({"x": instance(torch.Tensor, X[:, :5], X[0, 0], X.numpy())}, field_type=VECTORS,
                 element=O2.fibergroup.identity, x=X),
+    "align": line(
+        {"draws": instance(torch.Tensor, X.long(), X[:0], X.numpy(), X * float("nan")),
+         "reference": instance(torch.Tensor, X[:, 0], X[0].long()).or_none(),
+         "action": Sort(lambda v: False, ("O(2)", ("S_8", 1), CONTEXT, GRAY, torch.ones(1, 8, 8), {"z": VECTORS}))},
+        draws=X, reference=None, action="O(8)",
+    ),
     "augment": line(field_type=VECTORS, auxiliary=2),
     "AugmentedDistribution.log_prob_bound": line(
         {"value": EVENTS}, of=lambda: _augmented().log_prob_bound, value=X
     ),
-    "AutoEquivariantFlow.average_over": line(
+    "AveragedGuide.average_over": line(
         {"representations": SORTS["representations"].but({"z": VECTORS})},
         of=lambda: guide().average_over, representations={"z": enn.FieldType(C4, 4 * [C4.irrep(1)])},
     ),
-    "AutoEquivariantFlow.quantiles": line(
+    "AveragedGuide.quantiles": line(
         {"quantiles": instance(list | tuple | torch.Tensor | np.ndarray, [2.0], [-0.1], "ab", [float("nan")], ["a"])},
         of=lambda: guide().quantiles, quantiles=[0.5],
     ),
@@ -281,6 +300,9 @@ LINES: dict[str, Line] = {
         field_type=HALF_TURNS, shape=(4, 4), levels=1, hidden_dims=(4,), num_transforms=1,
         through=[pe.equivariant_flow, pe.equivariant_coupling, nn.steerable_net],
         without=("zero_init", "split"),
+    ),
+    "field_type": line(
+        {"group": instance(Group, "U(1)", "S_5", ["O(2)"], "")}, group="O(2)", vectors=3
     ),
     "importance_weighted_bound": line(
         {"num_particles": integer(1, 3).but(4)}, log_weights=WEIGHTS, num_particles=2

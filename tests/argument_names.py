@@ -61,6 +61,9 @@ def guide() -> pe.AutoEquivariantFlow:
     return made
 
 
+TURNS = enn.FieldType(C4, 4 * [C4.irrep(1)])
+
+
 # ---- sorts --------------------------------------------------------------------------------------------------
 
 TYPE = instance(enn.FieldType, VECTORS.gspace, enn.FieldType(C4, [_SKEW]))
@@ -88,6 +91,7 @@ CHANNELS = integers(lambda v: all(i >= 1 for i in v), 64, (8, 0), (8.5,), (True,
 SORTS: dict[str, Sort] = {
     "actnorm": FLAG,
     "adjoint": instance(solvers.Adjoint).or_none(),
+    "built_in": choice("all", "connected"),
     "bound": number("(0, inf)", 2.0),
     "alpha": number("[0, 0.5)", 0.1),
     "auxiliary": Sort(lambda v: isinstance(v, enn.FieldType) or integer().takes(v), (0, -1, True, GRAY, 1.0)),
@@ -97,6 +101,7 @@ SORTS: dict[str, Sort] = {
     "bias": FLAG,
     "cache_size": integer(0, 1, numpy=1),
     "check_invariance": FLAG,
+    "centre": FLAG,
     "conditioner": NETWORK,
     "conditioner_x": NETWORK,
     "conditioner_y": NETWORK,
@@ -124,6 +129,7 @@ SORTS: dict[str, Sort] = {
     "images": IMAGES,
     "in_type": TYPE,
     "init_loc_fn": CALLABLE,
+    "init_scale": number("(0, inf)", 0.1),
     "irreps": instance(list | tuple, [], [1], [C4.irrep(1)], [C4.regular_repr], O2.irrep(1, 1), "ab"),
     "joint": DENSITY.but(NORMAL),
     "kept": integers(lambda v: 0 < len(set(v)) == len(v) < 4 and set(v) <= {0, 1, 2, 3}, 1, (4,), ()).or_none(),
@@ -141,6 +147,7 @@ SORTS: dict[str, Sort] = {
     "log_scale_bound": number("(0, inf)", 1.0).or_none(),
     "log_weights": LOG_WEIGHTS,
     "mask": instance(np.ndarray, np.ones((4, 4)), np.ones((3, 4), bool), np.ones(4, bool)).or_none(),
+    "max_order": integer(numpy=10),
     "max_plate_nesting": integer(0).or_none(),
     "max_steps": integer(numpy=100).or_none(),
     "memory": integer(),
@@ -162,9 +169,12 @@ SORTS: dict[str, Sort] = {
     "probability": number("(0, 1)", 0.5).or_none(),
     "probes": integer().or_none(),
     "progress": CALLABLE.or_none(),
+    "pseudoscalars": integer(0),
+    "pseudovectors": integer(0),
     "radius": number("(0, inf)", 1.0),
     "regularization": number("[0, 1)", 0.5),
     "representations": MAPPING.but({}, {"z": 1}, {"z": GRAY}, {1: VECTORS}),
+    "return_elements": FLAG,
     "rotate": FLAG,
     "rounding": number("[0, inf)", 1.0),
     "rows": integer(),
@@ -191,6 +201,7 @@ SORTS: dict[str, Sort] = {
     "transforms": instance(list | tuple, [], [1], [torch.distributions.ExpTransform()], coupling()),
     "validate_args": FLAG.or_none(),
     "vector": instance(Representation, "irrep"),
+    "vectors": integer(0, numpy=2),
     "x": EVENTS,
     "ylabel": Sort(lambda v: isinstance(v, str), (3,)),
     "zero_init": FLAG,

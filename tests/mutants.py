@@ -137,6 +137,8 @@ TESTS: dict[str, tuple[str, str]] = {
     "logdet/policy.py": ("logdet contraction", "test_logdet or roulette_is"),
     "logdet/probes.py": ("logdet", "test_logdet"),
     "logdet/series.py": ("logdet", "test_logdet"),
+    "infer/alignment.py": ("alignment", "test_alignment"),
+    "infer/nearest.py": ("alignment", "test_alignment"),
     "infer/autoguide.py": ("infer augment", "test_infer and not demo and not hmc or guide"),
     "infer/evidence.py": ("evidence infer augment registration", "evidence or weights or weigh or chain or default"),
     "infer/importance.py": ("importance", "test_importance"),
@@ -148,6 +150,7 @@ TESTS: dict[str, tuple[str, str]] = {
     "distributions/invariant_normal.py": ("distributions", "test_distributions and not space"),
     "distributions/orbit_mixture.py": ("distributions", "test_distributions and not space"),
     "distributions/augmented.py": ("augment", "augment and not guide and not other_objectives"),
+    "ops/named_groups.py": ("field_types", "test_field_types"),
     "ops/rounding.py": ("precision", "estimate"),
     "ops/cells.py": ("squeeze images", "test_squeeze and not octahedral or the_laws_of_a_level or types"),
 }

@@ -319,6 +319,7 @@ def make_guide(auxiliary=2, representations=None, **options):
         {"z": SPACE} if representations is None else representations,
         lambda kind: pe.equivariant_flow(kind, num_transforms=2, hidden_dims=(16,), log_scale_bound=1.0),
         auxiliary=auxiliary,
+        init_scale=1.0,
         **options,
     )
 
@@ -365,7 +366,9 @@ def test_evidence_of_a_model_with_a_plate():
             pyro.sample("y", dist.Normal(z, SPREAD).to_event(1), obs=zero)
 
     two = point(SO3, SO3.irrep(1), SO3.irrep(1))
-    guide = pe.AutoEquivariantFlow(pair, {"z": two}, lambda kind: pe.equivariant_linear(kind), auxiliary=two)
+    guide = pe.AutoEquivariantFlow(
+        pair, {"z": two}, lambda kind: pe.equivariant_linear(kind), auxiliary=two, init_scale=1.0
+    )
     found = evidence_estimate(importance_weights(pair, guide, num_samples=20_000, batch_size=20_000))
     assert abs(found.log_evidence - 2 * EVIDENCE) < 4 * found.log_evidence_stderr < 0.2
     elbo = -Trace_ELBO(num_particles=20_000, vectorize_particles=True, max_plate_nesting=1).loss(pair, guide)

@@ -266,7 +266,7 @@ def test_mixture_refuses():
     normal = dist.Normal(torch.zeros(so2.size), 1.0).to_event(1)
     with pytest.raises(ValueError, match="expected a finite group to average over, found SO.2."):
         pe.OrbitMixture(normal, so2)
-    with pytest.raises(ValueError, match=r"base: expected events of shape \(12, \*spatial\), found \(9,\)"):
+    with pytest.raises(ValueError, match=r"base: expected events of shape \(12,\), found \(9,\)"):
         pe.OrbitMixture(normal, field_type("C4"))
     plane = field_type("C8-plane")
     image = dist.Normal(torch.zeros(plane.size, 4, 4), 1.0).to_event(3)

@@ -349,7 +349,7 @@ def test_weights_of_a_mixtures_guide():
             k = pyro.sample("k", dist.Categorical(torch.ones(2) / 2))
             pyro.sample("y", dist.Normal(Vindex(m)[..., k], 1.0), obs=DATA)
 
-    guide = AutoEquivariantFlow(poutine.block(model, hide=["k"]), SWAP, small_flow)
+    guide = AutoEquivariantFlow(poutine.block(model, hide=["k"]), SWAP, small_flow, init_scale=1.0)
     guide()
     found = evidence_estimate(importance_weights(model, guide, num_samples=20_000, batch_size=5000))
     grid = torch.linspace(-12, 12, 601)

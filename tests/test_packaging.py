@@ -38,7 +38,7 @@ def test_licence_and_metadata():
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     assert config["metadata"]["version"] == "attr: pyro_equiflow.version.__version__"
     required = config["options"]["install_requires"].split()
-    assert {re.split("[<>=]", one)[0] for one in required} == {"escnn", "joblib", "numpy", "pyro-ppl", "torch"}
+    assert {re.split("[<>=]", one)[0] for one in required} == {"escnn", "joblib", "numpy", "pyro-ppl", "scipy", "torch"}
 
 
 def test_stand_ins_satisfy_escnn():

@@ -19,16 +19,15 @@ import math
 import os
 from functools import partial
 
-import karate  # tutorials/karate.py: the model, the network, the alignment
+import karate  # tutorials/karate.py: the model and the network
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from escnn import group
 from matplotlib.patches import Ellipse
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_equiflow import equivariant_flow
+from pyro_equiflow import align, equivariant_flow, field_type
 from pyro_equiflow.infer import AutoEquivariantFlow, check_model_invariance, evidence_estimate, importance_weights
 from pyro_equiflow.plots import plot_samples, plot_training
 
@@ -53,14 +52,14 @@ print(f"{members} members, {int(network.tied.sum())} ties; {int(stayed.sum())} w
 print(inspect.getsource(karate.model))
 
 # %% [markdown]
-# A field type says how a group acts on the 68 coordinates: 34 vectors that turn together. `karate.vectors` builds it
-# for $O(2)$, for its rotations $SO(2)$, or for one reflection alone. The offset $a$ is left out, which means that
-# nothing acts on it. The model has the symmetry that we claim:
+# A field type says how a group acts on the 68 coordinates: 34 vectors that turn together. `field_type` builds it for
+# $O(2)$, for its rotations $SO(2)$, or for one reflection alone, which is $D_1$. The offset $a$ is left out, which
+# means that nothing acts on it. The model has the symmetry that we claim:
 
 # %%
-everything = karate.vectors(group.o2_group(), members)
-rotations = karate.vectors(group.so2_group(), members)
-mirror = karate.vectors(group.cyclic_group(2), members)
+everything = field_type("O(2)", vectors=members)
+rotations = field_type("SO(2)", vectors=members)
+mirror = field_type("D_1", vectors=members)
 print(check_model_invariance(karate.model, {"z": everything}, network))
 
 # %% [markdown]
@@ -125,7 +124,7 @@ report("AutoEquivariantFlow, rotations", flow)
 with torch.no_grad():
     z, a = karate.draw(flow, network, num_draws)
     z_normal, a_normal = karate.draw(normal, network, num_draws)
-point = karate.vectors(group.so2_group(), 1)
+point = field_type("SO(2)", vectors=1)
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", sharex=True, sharey=True)
 for ax, name, draws in zip(axes, curves, (z_normal, z)):
     leaders = {"instructor": draws[:800, instructor], "president": draws[:800, president]}
@@ -163,7 +162,7 @@ def interval(values):
     return f"{middle:5.2f} ({low:.2f} to {high:.2f})"
 
 
-aligned, mean_map = karate.aligned_to_their_mean(z)
+aligned = align(z, None, "O(2)")
 tables = [invariants(z_normal, a_normal), invariants(z, a), invariants(aligned, a)]
 print(f"{'median (5% to 95%)':36}{'AutoNormal':>22}{'flow':>22}{'flow, aligned':>22}")
 for name in tables[0]:
@@ -206,7 +205,8 @@ print(f"{right} of {members} members went with the leader that they are probably
 # $$z R^\ast, \qquad R^\ast = \arg\min_{R \in O(2)} \| z R - z^\ast \|_F = U V^\top, \quad z^\top z^\ast = U \Sigma
 # V^\top.$$
 #
-# That is a choice of coordinates, a *gauge* as physicists say, and there are others. One may turn each map so that
+# `align(z, reference, "O(2)")` does it; with no reference, as above, the draws are aligned to their own mean. That is a
+# choice of coordinates, a *gauge* as physicists say, and there are others. One may turn each map so that
 # the instructor lies on the horizontal axis, with the president above it. Both are legitimate, both give a cloud for
 # each member, and the clouds differ. The ellipses below are one standard deviation around the means of the same draws
 # in the two gauges.

@@ -25,15 +25,12 @@ import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import torch
-from escnn import group, gspaces
-from escnn.group import Group
-from escnn.nn import FieldType
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_equiflow import equivariant_flow
+from pyro_equiflow import align, equivariant_flow, field_type
 from pyro_equiflow.infer import (
     AutoEquivariantFlow,
     evidence_estimate,
@@ -72,19 +69,6 @@ def model(network: Network) -> None:
 # ---- guides ----------------------------------------------------------------------------------------------------
 
 
-def vectors(symmetry: Group, number: int, invariants: int = 0) -> FieldType:
-    """Points of the plane, moved together by rotations, a reflection or both; then invariant values."""
-    space = gspaces.no_base_space(symmetry)
-    plane = group.o2_group().irrep(1, 1)
-    if symmetry == group.so2_group():
-        point = plane.restrict((None, -1))
-    elif symmetry == group.cyclic_group(2):
-        point = plane.restrict((0.0, 1))
-    else:
-        point = plane
-    return FieldType(space, number * [point] + invariants * [space.trivial_repr])
-
-
 def plain_flow(latent_dim: int, num_transforms: int, width: int) -> T.ComposeTransformModule:
     """Affine couplings with random permutations between."""
     parts = []
@@ -98,7 +82,7 @@ def plain_flow(latent_dim: int, num_transforms: int, width: int) -> T.ComposeTra
 
 def guides(network: Network) -> dict[str, tuple[Callable, float]]:
     """Each guide with a learning rate that suits it: the best of those in the comment, at the default settings."""
-    points = vectors(group.so2_group(), len(network.graph))
+    points = field_type("SO(2)", vectors=len(network.graph))
     affine = partial(equivariant_flow, num_transforms=4, hidden_dims=(128, 128))
     splines = partial(affine, transformer="spline")
     plain = partial(plain_flow, num_transforms=8, width=54)
@@ -177,11 +161,11 @@ def invariance_errors(guide: Callable, network: Network) -> tuple[float, float]:
     """The largest change of the guide's log-density, in nats, under rotations, and under rotated reflections."""
     z, a = draw(guide, network, 50)
     latent = torch.cat([z.flatten(1), a[:, None]], 1).double()
-    field_type = vectors(group.o2_group(), len(network.graph), invariants=1)
-    elements = list(field_type.testing_elements)
+    latent_type = field_type("O(2)", vectors=len(network.graph), scalars=1)
+    elements = list(latent_type.testing_elements)
     kinds = [[g for g in elements if g.value[0] == flipped] for flipped in (0, 1)]
     guide.double()
-    rotations, reflections = (invariance_error(log_density(guide), latent, field_type, elements=k) for k in kinds)
+    rotations, reflections = (invariance_error(log_density(guide), latent, latent_type, elements=k) for k in kinds)
     guide.float()
     return rotations, reflections
 
@@ -223,19 +207,11 @@ def table(rows: list[Row]) -> str:
 # ---- picture ---------------------------------------------------------------------------------------------------
 
 
-def align(draws: Tensor, reference: Tensor) -> Tensor:
-    """Each draw rotated or reflected to the reference as closely as can be (orthogonal Procrustes)."""
-    u, _, vh = torch.linalg.svd(draws.mT @ reference)
-    return draws @ (u @ vh)
-
-
-def aligned_to_their_mean(draws: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
+def aligned_to_their_mean(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Draws aligned to the mean of the aligned draws, its long axis level, and that mean."""
-    mean = draws[0]
-    for _ in range(rounds):
-        mean = align(draws, mean).mean(0)
+    mean = align(draws, None, "O(2)").mean(0)
     mean = mean @ torch.linalg.svd(mean - mean.mean(0), full_matrices=False)[2].T
-    return align(draws, mean), mean
+    return align(draws, mean, "O(2)"), mean
 
 
 def save_picture(draws: Tensor, network: Network, path: Path) -> None:
@@ -330,7 +306,7 @@ def main() -> None:
         seconds = fit(name, guide, learning_rate, network, arguments.steps, arguments.particles)
         rows.append(measure(name, guide, network, arguments.draws, seconds))
     # The flow has learned one of two mirror images; the exact average over both has the whole symmetry.
-    guide.average_over({"z": vectors(group.cyclic_group(2), len(network.graph))}, network)
+    guide.average_over({"z": field_type("D_1", vectors=len(network.graph))}, network)
     rows.append(measure("the same, averaged: O(2)", guide, network, arguments.draws, seconds))
     draws, _ = draw(guide, network, 2000)
     arguments.out.mkdir(parents=True, exist_ok=True)

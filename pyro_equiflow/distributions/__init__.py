@@ -3,6 +3,7 @@
 
 from pyro_equiflow.distributions.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions.invariant_normal import InvariantNormal
+from pyro_equiflow.distributions.orbit import matrix_group
 from pyro_equiflow.distributions.orbit_mixture import OrbitMixture
 
-__all__ = ["AugmentedDistribution", "InvariantNormal", "OrbitMixture", "augment"]
+__all__ = ["AugmentedDistribution", "InvariantNormal", "OrbitMixture", "augment", "matrix_group"]

@@ -6,17 +6,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from escnn.nn import FieldType
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_equiflow.distributions.orbit import Action, Orbit, orbit_of
 from pyro_equiflow.ops.arguments import check_flag, check_instance
-from pyro_equiflow.ops.constants import Constants
-from pyro_equiflow.ops.events import act, channel_matrix, event_dim, on_grid
-from pyro_equiflow.ops.representations import validate_field_type
 from pyro_equiflow.ops.support import real_events
 from pyro_equiflow.ops.tracing import full_precision
 
@@ -45,42 +42,34 @@ class OrbitMixture(TorchDistribution):
         True
 
     :param base: a distribution of events ``(C, *spatial)``.
-    :param field_type: how a finite group acts on them; on grids by elements that permute the grid.
+    :param action: how a finite group acts on them: a field type, on grids of elements that permute the grid; or the
+        orthogonal matrices of all its elements, shape ``(order, C, C)``, for vectors (see :func:`matrix_group`).
     :param validate_args: whether arguments are checked; by default as :func:`pyro.enable_validation` says.
-    :raises ValueError: an infinite group, elements that do not permute the grid, or another event shape.
+    :raises TypeError: ``base`` or ``action`` of another kind.
+    :raises ValueError: an infinite group, elements that do not permute the grid, matrices that are not orthogonal or no
+        group, or another event shape.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(self, base: Distribution, field_type: FieldType, *, validate_args: bool | None = None) -> None:
+    def __init__(self, base: Distribution, action: Action | Orbit, *, validate_args: bool | None = None) -> None:
         check_instance("base", base, Distribution, "a distribution")
         if validate_args is not None:
             check_flag("validate_args", validate_args, also="None")
-        validate_field_type(field_type)
-        group = field_type.fibergroup
-        if group.order() < 1:
+        orbit = action if isinstance(action, Orbit) else orbit_of(action)
+        if len(base.event_shape) != orbit.event_dim or base.event_shape[0] != orbit.size:
+            spatial = " *spatial" if orbit.event_dim > 1 else ""
             raise ValueError(
-                f"field_type: expected a finite group to average over, found {group}; take a finite subgroup"
-            )
-        elements = list(group.elements)
-        outside = sum(not on_grid(field_type, g) for g in elements)
-        if outside:
-            raise ValueError(
-                f"field_type: expected a group that permutes the grid, found {group} with {outside} elements that do "
-                "not; take the subgroup of quarter turns and flips"
-            )
-        if len(base.event_shape) != event_dim(field_type) or base.event_shape[0] != field_type.size:
-            raise ValueError(
-                f"base: expected events of shape ({field_type.size}, *spatial), found {tuple(base.event_shape)}"
+                f"base: expected events of shape ({orbit.size},{spatial}), found {tuple(base.event_shape)}"
             )
         self.base = base
-        self.field_type = field_type
-        self._elements = elements
-        # Without a base space an orbit is one product of matrices, found once.
-        points = len(base.event_shape) == 1
-        matrices = np.stack([channel_matrix(field_type, ~g) for g in elements]) if points else None
-        self._constants = Constants(inverses=matrices)
+        self.orbit = orbit
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def field_type(self) -> FieldType | None:
+        """How the group acts; ``None`` of matrices."""
+        return self.orbit.field_type
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
@@ -94,27 +83,18 @@ class OrbitMixture(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OrbitMixture:
         """The mixture over the expanded base."""
-        return OrbitMixture(self.base.expand(batch_shape), self.field_type, validate_args=False)
-
-    def _turn(self, x: Tensor) -> Tensor:
-        batch = x.shape[: x.dim() - len(self.event_shape)]
-        which = torch.randint(len(self._elements), batch, device=x.device)
-        turned = x.clone()
-        for index in which.unique().tolist():
-            mask = which == index
-            turned[mask] = act(self.field_type, self._elements[index], x[mask])
-        return turned
+        return OrbitMixture(self.base.expand(batch_shape), self.orbit, validate_args=False)
 
     @full_precision
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """A draw of the base, moved by a uniformly drawn group element."""
         with torch.no_grad():
-            return self._turn(self.base.sample(torch.Size(sample_shape)))
+            return self.orbit.turn(self.base.sample(torch.Size(sample_shape)))
 
     @full_precision
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """As :meth:`sample`, with gradients to the base."""
-        return self._turn(self.base.rsample(torch.Size(sample_shape)))
+        return self.orbit.turn(self.base.rsample(torch.Size(sample_shape)))
 
     @full_precision
     def log_prob(self, value: Tensor) -> Tensor:
@@ -123,11 +103,5 @@ class OrbitMixture(TorchDistribution):
             self._validate_sample(value)
         # The orbit's dimension has to stand before all of the base's batch dimensions.
         missing = len(self.batch_shape) - (value.dim() - len(self.event_shape))
-        value = value[max(0, missing) * (None,)]
-        inverses = self._constants.like(value)["inverses"]
-        if inverses is None:
-            orbit = torch.stack([act(self.field_type, ~g, value) for g in self._elements])
-        else:
-            rows = value.reshape(value.shape[:-1].numel(), value.shape[-1])
-            orbit = (rows @ inverses.mT).view(len(inverses), *value.shape)
-        return torch.logsumexp(self.base.log_prob(orbit), 0) - math.log(len(self._elements))
+        orbit = self.orbit.preimages(value[max(0, missing) * (None,)])
+        return torch.logsumexp(self.base.log_prob(orbit), 0) - math.log(len(orbit))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variational inference with symmetries: the equivariant guide, the check of models, and how good a guide is."""
+"""Variational inference with symmetries: the guide, the check of models, how good a guide is, alignment of draws."""
 
+from pyro_equiflow.infer.alignment import align
+from pyro_equiflow.infer.auto_orbit_mixture import AutoOrbitMixture
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
@@ -15,11 +17,13 @@ from pyro_equiflow.infer.metropolis import MetropolisChain, metropolis
 
 __all__ = [
     "AutoEquivariantFlow",
+    "AutoOrbitMixture",
     "EvidenceEstimate",
     "InvarianceReport",
     "MetropolisChain",
     "SiteChange",
     "WeightedDraws",
+    "align",
     "check_model_invariance",
     "evidence_estimate",
     "importance_weighted_bound",

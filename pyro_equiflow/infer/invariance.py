@@ -8,16 +8,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from escnn.group import GroupElement
 from escnn.nn import FieldType
 from torch import Tensor
 
+from pyro_equiflow.infer.actions import (
+    Numbered,
+    Representations,
+    field_norms,
+    moved,
+    site_actions,
+    validate_representations,
+)
 from pyro_equiflow.infer.joint_density import LogJoint
-from pyro_equiflow.infer.latents import preserved_random_state, site_field_types, validate_representations
+from pyro_equiflow.infer.latents import preserved_random_state
 from pyro_equiflow.ops.arguments import check_instance, check_integer, check_number
-from pyro_equiflow.ops.events import act, check_elements
+from pyro_equiflow.ops.events import check_elements
 from pyro_equiflow.ops.representations import probe_elements
 
 __all__ = ["InvarianceReport", "SiteChange", "check_model_invariance"]
@@ -83,7 +92,7 @@ class InvarianceReport:
     invariant: bool
     absolute: float
     sites: dict[str, SiteChange]
-    element: GroupElement | None
+    element: GroupElement | Numbered | None
     evaluations: int
     summed: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
@@ -116,7 +125,7 @@ class InvarianceReport:
 
 def check_model_invariance(
     model: Callable[..., Any],
-    representations: Mapping[str, FieldType],
+    representations: Representations,
     *args: Any,
     num_samples: int = 3,
     tolerance: float = 0.0,
@@ -157,23 +166,33 @@ def check_model_invariance(
         True
 
     :param model: a Pyro model.
-    :param representations: field types, without a base space, by latent site; sites left out are invariant.
+    :param representations: field types, without a base space, by latent site; sites left out are invariant. Or, of a
+        finite group, the matrices of all elements (:func:`~pyro_equiflow.matrix_group`), in one order for all sites.
     :param args: the model's arguments.
     :param num_samples: number of draws.
     :param tolerance: a change in nats that passes besides rounding, of a site and of the log joint: for symmetries
         that a model has approximately only, or with constants that are rounded more coarsely than its latent values.
     :param elements: group elements; by default generators of a finite group, and up to 24 of escnn's testing elements
-        of a continuous one.
+        of a continuous one. Of a group given by matrices up to 24 of these are taken.
     :param kwargs: the model's keyword arguments.
     :raises ValueError: sites unknown to the model, sizes that do not fit, unlike gspaces, no draw at which the log
         joint is finite, or a model that does not run with its discrete sites enumerated.
     """
     check_instance("model", model, Callable, "a Pyro model")
-    validate_representations(representations)
+    representations = validate_representations(representations)
     num_samples = check_integer("num_samples", num_samples, 1)
     tolerance = check_number("tolerance", tolerance, "[0, inf)")
-    if elements is not None:
-        elements = check_elements(next(iter(representations.values())), elements)
+    first = next(iter(representations.values()))
+    if not isinstance(first, FieldType):
+        if elements is not None:
+            raise ValueError("elements: expected None beside matrices, which are the elements; leave it out")
+        elements = _some([Numbered(number) for number in range(len(first))])
+    elif elements is not None:
+        elements = check_elements(first, elements)
+        if not elements:
+            raise ValueError(f"elements: expected elements of {first.fibergroup}, one at least, found none")
+    else:
+        elements = _some(list(probe_elements(first.fibergroup)))
     store = pyro.get_param_store()
     known = set(store.keys())
     try:
@@ -186,23 +205,19 @@ def check_model_invariance(
 
 def _check(
     joint: LogJoint,
-    representations: Mapping[str, FieldType],
+    representations: Mapping[str, Any],
     num_samples: int,
     tolerance: float,
-    elements: Iterable[GroupElement] | None,
+    elements: list[Any],
 ) -> InvarianceReport:
-    types = site_field_types(representations, {name: value.shape for name, value in joint.latents.items()})
-    types = {name: types[name] for name in representations}  # the others stay as they are
-    acting = next(iter(types.values())).fibergroup
-    chosen = _elements(acting) if elements is None else list(elements)
-    if not chosen or any(getattr(element, "group", None) != acting for element in chosen):
-        raise ValueError(f"elements: expected elements of {acting}, one at least, found {chosen}")
+    actions = site_actions(representations, {name: value.shape for name, value in joint.latents.items()})
+    actions = {name: actions[name] for name in representations}  # the others stay as they are
     # Drawn before any evaluation: each of those starts the generators anew.
     spreads = [_SPREADS[index % len(_SPREADS)] for index in range(num_samples)]
     draws = [
         {name: value + spread * torch.randn_like(value) for name, value in joint.latents.items()} for spread in spreads
     ]
-    orbits = [_Orbit(joint, types, chosen, draw) for draw in draws]
+    orbits = [_Orbit(joint, actions, elements, draw) for draw in draws]
     orbits = [orbit for orbit in orbits if orbit.is_finite]
     if not orbits:
         raise ValueError(
@@ -223,24 +238,24 @@ class _Orbit:
     def __init__(
         self,
         joint: LogJoint,
-        types: Mapping[str, FieldType],
-        elements: list[GroupElement],
+        actions: Mapping[str, Any],
+        elements: list[Any],
         draw: dict[str, Tensor],
     ) -> None:
-        self._joint, self._types, self._draw = joint, types, draw
+        self._joint, self._actions, self._draw = joint, actions, draw
         self.elements, self.reference = elements, joint(draw)
         self._probed, self._felt = 0, dict.fromkeys(self.reference, 0.0)
         self.probe(_PROBES)
         self.is_finite = all(math.isfinite(site.value + self._felt[name]) for name, site in self.reference.items())
         if self.is_finite:
-            self._moved = [joint(_moved(types, element, draw)) for element in elements]
+            self._moved = [joint(moved(actions, element, draw)) for element in elements]
 
     def probe(self, count: int) -> None:
         """Looks at what rounding of the latent values does to each site."""
         for index in range(self._probed, self._probed + count):
             torch.manual_seed(index)  # an evaluation leaves the generator as it was at the last
             element = self.elements[index % len(self.elements)]
-            for name, site in self._joint(_rounded(self._types, element, self._draw)).items():
+            for name, site in self._joint(_rounded(self._actions, element, self._draw)).items():
                 self._felt[name] = max(self._felt[name], abs(_nan_to_inf(site.value - self.reference[name].value)))
         self._probed += count
 
@@ -302,35 +317,18 @@ def _ratios(changes: Tensor, allowances: Tensor, tolerance: float) -> Tensor:
     return whole.abs() / (allowed + tolerance).clamp(min=torch.finfo(allowed.dtype).tiny)
 
 
-def _moved(types: Mapping[str, FieldType], element: GroupElement, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    moved = {}
-    for name, value in values.items():
-        moved[name] = value
-        if name in types:
-            moved[name] = act(types[name], element, value.reshape(-1)).reshape(value.shape)
-    return moved
-
-
-def _rounded(types: Mapping[str, FieldType], element: GroupElement, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rounded(actions: Mapping[str, Any], element: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """There and back again by a group element, and further rounding of its size field by field."""
     noisy = {}
-    for name, value in _moved(types, element, values).items():
-        norm = _field_norms(types[name], value) if name in types else value.abs()
+    for name, value in moved(actions, element, values).items():
+        norm = field_norms(actions[name], value) if name in actions else value.abs()
         noisy[name] = value + _NOISE * torch.finfo(value.dtype).eps * norm * torch.randn_like(value)
-    return _moved(types, ~element, noisy)
+    return moved(actions, ~element, noisy)
 
 
-def _field_norms(field_type: FieldType, value: Tensor) -> Tensor:
-    """At each entry the norm of its field."""
-    sizes = torch.tensor([r.size for r in field_type.representations], device=value.device)
-    field = torch.repeat_interleave(torch.arange(len(sizes), device=value.device), sizes)
-    squares = value.new_zeros(len(sizes)).index_add(0, field, value.reshape(-1).square())
-    return squares.sqrt()[field].reshape(value.shape)
-
-
-def _elements(group: Any) -> list[GroupElement]:
-    elements = list(probe_elements(group))
+def _some(elements: list[Any]) -> list[Any]:
+    """At most 24 elements, drawn from all over the list, as a list in order might begin with a subgroup."""
     if len(elements) <= _MAX_ELEMENTS:
         return elements
-    # A stride prime to the list's structure (rotations, then rotations times a reflection) visits all of it.
-    return [elements[(index * len(elements)) // _MAX_ELEMENTS] for index in range(_MAX_ELEMENTS)]
+    chosen = np.random.default_rng(0).choice(len(elements), _MAX_ELEMENTS, replace=False)
+    return [elements[index] for index in sorted(chosen.tolist())]

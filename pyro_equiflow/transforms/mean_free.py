@@ -9,8 +9,8 @@ from torch.distributions import Transform, constraints
 
 from pyro_equiflow.ops.arguments import check_integer
 from pyro_equiflow.ops.constants import Constants
+from pyro_equiflow.ops.named_groups import helmert
 from pyro_equiflow.ops.tracing import full_precision
-from pyro_equiflow.particles import helmert
 
 __all__ = ["MeanFreePositions"]
 
