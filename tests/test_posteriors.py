@@ -18,13 +18,7 @@ from tests.test_amortized import benchmark
 
 posteriors, models, annealing = (benchmark(name) for name in ("posteriors", "posterior_models", "annealing"))
 
-#: One vector is a single irrep, which couplings cannot split, before the guide averages over its finite group.
-ONE_IRREP = pytest.mark.xfail(reason="nothing to split", strict=False)
-PAIRS = [
-    pytest.param(name, guide, marks=ONE_IRREP if (name, guide) == ("power", posteriors.OURS) else ())
-    for name in models.POSTERIORS
-    for guide in posteriors.GUIDES
-]
+PAIRS = [(name, guide) for name in models.POSTERIORS for guide in posteriors.GUIDES]
 
 
 # ---- models ----------------------------------------------------------------------------------------------------
