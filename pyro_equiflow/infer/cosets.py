@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from escnn.group import O2, O3, DirectProductGroup, Group, GroupElement
+from escnn import gspaces
+from escnn.group import O2, O3, DirectProductGroup, Group, GroupElement, trivial_group
 from escnn.nn import FieldType
 
 from pyro_equiflow.distributions.orbit import Orbit
@@ -24,14 +25,18 @@ def split_symmetry(field_type: FieldType, built_in: str) -> tuple[FieldType, Orb
     coset, so the mean over one of each is invariant under the whole group.
 
     :param field_type: without a base space.
-    :param built_in: ``"connected"``, or ``"all"`` for the whole group. More than 128 cosets count as ``"all"``.
+    :param built_in: ``"connected"``, or ``"all"`` for the whole group. More than 128 cosets count as ``"all"``,
+        and so does a product with a group that escnn cannot restrict.
     :return: the field type of what is built in, and the cosets' elements, if there is more than one.
     """
     elements = [] if built_in == "all" else _coset_elements(field_type.fibergroup)
     if not 1 < len(elements) <= _MAX_COSETS:
         return field_type, None
-    orbit = Orbit(np.stack([channel_matrix(field_type, g) for g in elements]))
-    return _restricted(field_type), orbit
+    try:
+        connected = _restricted(field_type)
+    except NotImplementedError:  # of escnn, for products with groups whose subgroups it lacks
+        return field_type, None
+    return connected, Orbit(np.stack([channel_matrix(field_type, g) for g in elements]))
 
 
 def _coset_elements(group: Group) -> list[GroupElement]:
@@ -50,10 +55,11 @@ def _coset_elements(group: Group) -> list[GroupElement]:
 
 def _restricted(field_type: FieldType) -> FieldType:
     """The field type of the connected part: coordinate by coordinate where that is trivial."""
-    part = field_type.gspace.restrict(_connected_id(field_type.fibergroup))[0]
-    if part.fibergroup.order() == 1:
-        return FieldType(part, field_type.size * [part.trivial_repr])
-    return field_type.restrict(_connected_id(field_type.fibergroup))
+    group = field_type.fibergroup
+    if group.order() > 0:
+        space = gspaces.no_base_space(trivial_group())
+        return FieldType(space, field_type.size * [space.trivial_repr])
+    return field_type.restrict(_connected_id(group))
 
 
 def _connected_id(group: Group) -> Any:
