@@ -262,6 +262,7 @@ LINES: dict[str, Line] = {
         without=("zero_init", "split"),
     ),
     "equivariant_iaf": line(field_type=VECTORS, hidden_dims=(8,), through=[nn.MaskedSteerableNet], without=_NET_SET),
+    "diagnose": line({"num_samples": integer(25)}, model=model, guide=model, num_samples=25, max_plate_nesting=0),
     "equivariant_implicit": line(
         _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, hidden_dims=(8,),
         through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit],
@@ -274,7 +275,7 @@ LINES: dict[str, Line] = {
         without=(*_NET_SET, "context_type"),
     ),
     "equivariant_squeeze": line(field_type=GRAY),
-    "evidence_estimate": line(log_weights=WEIGHTS),
+    "evidence_estimate": line(log_weights=torch.linspace(-1, 0, 100)),
     "image_flow": line(
         {"nonlinearity": choice("pointwise", "gated").or_none(), "levels": integer().but(9),
          "kept": integers(lambda v: False, 1, (0, 0), (9,), "ab").or_none()},

@@ -2,6 +2,7 @@
 """Variational inference with symmetries: the equivariant guide, the check of models, and how good a guide is."""
 
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
+from pyro_equiflow.infer.diagnostics import GuideReport, diagnose
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
     WeightedDraws,
@@ -12,15 +13,19 @@ from pyro_equiflow.infer.evidence import (
 from pyro_equiflow.infer.importance import importance_weights
 from pyro_equiflow.infer.invariance import InvarianceReport, SiteChange, check_model_invariance
 from pyro_equiflow.infer.metropolis import MetropolisChain, metropolis
+from pyro_equiflow.infer.path_gradient import TracePathGradient_ELBO
 
 __all__ = [
     "AutoEquivariantFlow",
     "EvidenceEstimate",
+    "GuideReport",
     "InvarianceReport",
     "MetropolisChain",
     "SiteChange",
+    "TracePathGradient_ELBO",
     "WeightedDraws",
     "check_model_invariance",
+    "diagnose",
     "evidence_estimate",
     "importance_weighted_bound",
     "importance_weights",
