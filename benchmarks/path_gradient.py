@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Path gradients beside Pyro's: the noise of the gradient, and what the same seconds of training come to.
 
-On the posterior of the karate club (``tutorials/karate.py``, an equivariant guide under SO(2), four affine couplings) and
+On the posterior of the karate club (``tutorials/karate.py``, a guide under SO(2) of four affine couplings) and
 on the lattice field of ``phi4.py`` (side 4, log Z known; a flow of spline couplings on the periodic grid). Both ELBOs
 train from one start for the same CPU seconds, at a rate that falls to zero with the last of them; then each gradient's
 noise is measured there: the root of its total variance over draws. Not the library's times but the ratio of the two is

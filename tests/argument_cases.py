@@ -224,6 +224,7 @@ LINES: dict[str, Line] = {
         {"representations": SORTS["representations"].but({"z": VECTORS})},
         of=lambda: guide().average_over, representations={"z": enn.FieldType(C4, 4 * [C4.irrep(1)])},
     ),
+    "TracePathGradient_ELBO": line(num_particles=2),
     "AutoEquivariantFlow.quantiles": line(
         {"quantiles": instance(list | tuple | torch.Tensor | np.ndarray, [2.0], [-0.1], "ab", [float("nan")], ["a"])},
         of=lambda: guide().quantiles, quantiles=[0.5],
@@ -410,12 +411,12 @@ _PYRO = "part of torch's or Pyro's interface: they call it, and events are check
 #: Public classes and methods without a line, and why.
 EXEMPT: dict[str, str] = {
     **dict.fromkeys(
-        ("EvidenceEstimate", "InvarianceReport", "SiteChange", "MetropolisChain", "WeightedDraws", "Expanded",
+        ("EvidenceEstimate", "GuideReport", "InvarianceReport", "SiteChange", "MetropolisChain", "WeightedDraws", "Expanded",
          "Solution", "LogDet"),
         _RESULT,
     ),
     **dict.fromkeys(("Adjoint", "Adjoint.attach", "DenseAdjoint", "Estimator", "Solver"), "no argument, or abstract"),
-    **dict.fromkeys(("ConvergenceError", "EquivarianceError", "PrecisionWarning"), "an exception"),
+    **dict.fromkeys(("ConvergenceError", "EquivarianceError", "EvidenceWarning", "PrecisionWarning"), "an exception"),
     **dict.fromkeys(("forward_shape", "inverse_shape", "evaluate_output_shape"), _SHAPES),
     **dict.fromkeys(("expand", "sample", "rsample", "rsample_augmented", "log_prob", "train"), _PYRO),
     "load_state_dict": _PYRO,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_equiflow.ops.arguments import check_flag, check_integer
 
 __all__ = ["TracePathGradient_ELBO"]
 
@@ -53,13 +56,36 @@ class TracePathGradient_ELBO(Trace_ELBO):
         >>> max(float(p.grad.abs().max()) for p in guide.parameters()) < 1e-6  # the posterior is N(1, 0.5)
         True
 
-    The arguments are those of ``Trace_ELBO``; like it, it takes ``num_particles`` and ``vectorize_particles``.
-
+    :param num_particles: number of draws per step.
+    :param max_plate_nesting: largest number of nested plates; found by running the model once if not given.
+    :param vectorize_particles: whether the draws are made side by side, in a plate on the left of all others.
+    :param retain_graph: whether ``loss_and_grads`` keeps the graph of each draw.
     :raises ValueError: with the first step, a latent site of the guide whose draws carry no gradient.
 
     References: Roeder, Wu and Duvenaud, *Sticking the landing* (arXiv 1703.09194); Vaitl et al., *Gradients should stay
     on path* (arXiv 2207.08219) and *Path-gradient estimators for continuous normalizing flows* (arXiv 2206.09016).
     """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: int | None = None,
+        vectorize_particles: bool = False,
+        retain_graph: bool | None = None,
+    ) -> None:
+        num_particles = check_integer("num_particles", num_particles, 1)
+        if max_plate_nesting is not None:
+            max_plate_nesting = check_integer("max_plate_nesting", max_plate_nesting, 0, also="None")
+        vectorize_particles = check_flag("vectorize_particles", vectorize_particles)
+        if retain_graph is not None:
+            retain_graph = check_flag("retain_graph", retain_graph, also="None")
+        super().__init__(
+            num_particles,
+            max_plate_nesting=math.inf if max_plate_nesting is None else max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            retain_graph=retain_graph,
+        )
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
         inner = pyro.poutine.unwrap(guide)
