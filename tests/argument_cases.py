@@ -411,8 +411,8 @@ _PYRO = "part of torch's or Pyro's interface: they call it, and events are check
 #: Public classes and methods without a line, and why.
 EXEMPT: dict[str, str] = {
     **dict.fromkeys(
-        ("EvidenceEstimate", "GuideReport", "InvarianceReport", "SiteChange", "MetropolisChain", "WeightedDraws", "Expanded",
-         "Solution", "LogDet"),
+        ("EvidenceEstimate", "GuideReport", "InvarianceReport", "SiteChange", "MetropolisChain", "WeightedDraws",
+         "Expanded", "Solution", "LogDet"),
         _RESULT,
     ),
     **dict.fromkeys(("Adjoint", "Adjoint.attach", "DenseAdjoint", "Estimator", "Solver"), "no argument, or abstract"),
