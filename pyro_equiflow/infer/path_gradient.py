@@ -41,8 +41,8 @@ class TracePathGradient_ELBO(Trace_ELBO):
     the model are summed out by ``TraceEnum_ELBO`` only. Sites that are deltas, of any log-density, are differentiated
     in full.
 
-    On one posterior of 69 dimensions a step took 1.6 times as long, the noise fell by a third, and at equal time the ELBO
-    was a third of a nat better (``benchmarks/RESULTS.md``): worth a try near the end of a fit.
+    On one posterior of 69 dimensions a step took 1.6 times as long, the noise fell by a third, and at equal time the
+    ELBO was a third of a nat better (``benchmarks/RESULTS.md``): worth a try near the end of a fit.
 
     Example::
 
