@@ -41,8 +41,8 @@ class TracePathGradient_ELBO(Trace_ELBO):
     the model are summed out by ``TraceEnum_ELBO`` only. Sites that are deltas, of any log-density, are differentiated
     in full.
 
-    On one posterior of 69 dimensions a step took 1.6 times as long, the noise fell by a third, and at equal time the
-    ELBO was a third of a nat better (``benchmarks/RESULTS.md``): worth a try near the end of a fit.
+    Of two fits measured at equal time (``benchmarks/RESULTS.md``), steps 1.4 to 1.9 times as long and a third of the noise
+    gone, one ended a third of a nat better, the other, stopped early, a quarter worse: for the end of a fit.
 
     Example::
 
