@@ -41,8 +41,8 @@ class TracePathGradient_ELBO(Trace_ELBO):
     the model are summed out by ``TraceEnum_ELBO`` only. Sites that are deltas, of any log-density, are differentiated
     in full.
 
-    Of two fits measured at equal time (``benchmarks/RESULTS.md``), steps 1.4 to 1.9 times as long and a third of the noise
-    gone, one ended a third of a nat better, the other, stopped early, a quarter worse: for the end of a fit.
+    Of two fits measured at equal time (``benchmarks/RESULTS.md``), with steps 1.4 to 1.9 times as long and a quarter to
+    a half of the noise gone, one ended a third of a nat better; the other, stopped early, a quarter worse.
 
     Example::
 
