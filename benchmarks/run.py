@@ -26,6 +26,7 @@ EXPERIMENTS = (
     "particles.py",
     "posteriors.py",
 )
+TABLES = ("evidence_coverage.py", "path_gradient.py")  # experiments that draw nothing
 
 
 def main() -> int:
@@ -34,8 +35,8 @@ def main() -> int:
     arguments = [a for a in sys.argv[1:] if a != "--full"]
     smoke = [] if "--full" in sys.argv or "--smoke" in arguments else ["--smoke"]
     failed = 0
-    for script in (*TIMINGS, *EXPERIMENTS):
-        own = [*arguments, *(smoke if script in EXPERIMENTS else [])]
+    for script in (*TIMINGS, *EXPERIMENTS, *TABLES):
+        own = [*arguments, *(smoke if script not in TIMINGS else [])]
         print(f"\n== {' '.join([script, *own])}", flush=True)
         failed |= subprocess.run([sys.executable, str(folder / script), *own], check=False).returncode
     return int(failed != 0)

@@ -12,7 +12,7 @@ from pyro_equiflow import (
 )
 from pyro_equiflow import transforms as _transforms
 from pyro_equiflow.distributions import AugmentedDistribution, InvariantNormal, OrbitMixture, augment, matrix_group
-from pyro_equiflow.errors import ConvergenceError, EquivarianceError, PrecisionWarning
+from pyro_equiflow.errors import ConvergenceError, EquivarianceError, EvidenceWarning, PrecisionWarning
 from pyro_equiflow.field_types import field_type
 from pyro_equiflow.flows import equivariant_flow, image_flow
 from pyro_equiflow.images import bits_per_dim, dequantize
@@ -27,6 +27,7 @@ __all__ = [
     "AugmentedDistribution",
     "ConvergenceError",
     "EquivarianceError",
+    "EvidenceWarning",
     "InvariantNormal",
     "OrbitMixture",
     "PrecisionWarning",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConvergenceError", "EquivarianceError", "PrecisionWarning"]
+__all__ = ["ConvergenceError", "EquivarianceError", "EvidenceWarning", "PrecisionWarning"]
 
 
 class ConvergenceError(RuntimeError):
@@ -35,6 +35,21 @@ class EquivarianceError(ValueError):
         Traceback (most recent call last):
             ...
         pyro_equiflow.errors.EquivarianceError: the model does not have the declared symmetry. Sites that change: z. ...
+    """
+
+
+class EvidenceWarning(RuntimeWarning):
+    """Importance weights do not determine an evidence or its standard error: the message says why, and what to change.
+
+    Example::
+
+        >>> import torch, warnings
+        >>> from pyro_equiflow import evidence_estimate
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     found = evidence_estimate(3 * torch.randn(1000))
+        >>> print(caught[0].message)
+        log_weights: expected a Pareto k-hat of at most 0.67 for 1000 weights, found ...
     """
 
 

@@ -243,6 +243,7 @@ LINES: dict[str, Line] = {
         {"representations": SORTS["representations"].but({"z": VECTORS})},
         of=lambda: guide().average_over, representations={"z": enn.FieldType(C4, 4 * [C4.irrep(1)])},
     ),
+    "TracePathGradient_ELBO": line(num_particles=2),
     "AveragedGuide.quantiles": line(
         {"quantiles": instance(list | tuple | torch.Tensor | np.ndarray, [2.0], [-0.1], "ab", [float("nan")], ["a"])},
         of=lambda: guide().quantiles, quantiles=[0.5],
@@ -281,6 +282,7 @@ LINES: dict[str, Line] = {
         without=("zero_init", "split"),
     ),
     "equivariant_iaf": line(field_type=VECTORS, hidden_dims=(8,), through=[nn.MaskedSteerableNet], without=_NET_SET),
+    "diagnose": line({"num_samples": integer(25)}, model=model, guide=model, num_samples=25, max_plate_nesting=0),
     "equivariant_implicit": line(
         _SOLVED, {"function": CONTRACTING}, field_type=VECTORS, hidden_dims=(8,),
         through=[pe.equivariant_implicit, nn.lipschitz_net, pe.EquivariantImplicit],
@@ -293,7 +295,7 @@ LINES: dict[str, Line] = {
         without=(*_NET_SET, "context_type"),
     ),
     "equivariant_squeeze": line(field_type=GRAY),
-    "evidence_estimate": line(log_weights=WEIGHTS),
+    "evidence_estimate": line(log_weights=torch.linspace(-1, 0, 100)),
     "image_flow": line(
         {"nonlinearity": choice("pointwise", "gated").or_none(), "levels": integer().but(9),
          "kept": integers(lambda v: False, 1, (0, 0), (9,), "ab").or_none()},
@@ -427,12 +429,12 @@ _PYRO = "part of torch's or Pyro's interface: they call it, and events are check
 #: Public classes and methods without a line, and why.
 EXEMPT: dict[str, str] = {
     **dict.fromkeys(
-        ("EvidenceEstimate", "InvarianceReport", "SiteChange", "MetropolisChain", "WeightedDraws", "Expanded",
-         "Solution", "LogDet"),
+        ("EvidenceEstimate", "GuideReport", "InvarianceReport", "SiteChange", "MetropolisChain", "WeightedDraws",
+         "Expanded", "Solution", "LogDet"),
         _RESULT,
     ),
     **dict.fromkeys(("Adjoint", "DenseAdjoint", "Estimator", "Solver"), "no argument, or abstract"),
-    **dict.fromkeys(("ConvergenceError", "EquivarianceError", "PrecisionWarning"), "an exception"),
+    **dict.fromkeys(("ConvergenceError", "EquivarianceError", "EvidenceWarning", "PrecisionWarning"), "an exception"),
     **dict.fromkeys(("forward_shape", "inverse_shape", "evaluate_output_shape"), _SHAPES),
     **dict.fromkeys(("expand", "sample", "rsample", "rsample_augmented", "log_prob", "train"), _PYRO),
     "load_state_dict": _PYRO,

@@ -158,6 +158,7 @@ SORTS: dict[str, Sort] = {
     "num_bins": integer(2, 500, numpy=4),
     "num_levels": integer(2, numpy=256),
     "num_particles": integer(),
+    "retain_graph": FLAG.or_none(),
     "num_quantile_samples": integer(),
     "num_samples": integer(),
     "num_transforms": integer(),
@@ -204,5 +205,6 @@ SORTS: dict[str, Sort] = {
     "vectors": integer(0, numpy=2),
     "x": EVENTS,
     "ylabel": Sort(lambda v: isinstance(v, str), (3,)),
+    "vectorize_particles": FLAG,
     "zero_init": FLAG,
 }  # fmt: skip

@@ -27,7 +27,7 @@ def options(script: str) -> dict[str, dict[str, ast.expr]]:
     }
 
 
-@pytest.mark.parametrize("script", RUN["TIMINGS"] + RUN["EXPERIMENTS"])
+@pytest.mark.parametrize("script", RUN["TIMINGS"] + RUN["EXPERIMENTS"] + RUN["TABLES"])
 def test_options(script: str) -> None:
     """Experiments draw as well; without ``--device`` a script stays on the CPU."""
     found = options(script)
@@ -38,7 +38,7 @@ def test_options(script: str) -> None:
 def test_every_script_is_run() -> None:
     """Each once, and nothing that is not there."""
     scripts = {path.name for path in FOLDER.glob("*.py") if '\nif __name__ == "__main__":' in path.read_text("utf-8")}
-    assert sorted(RUN["TIMINGS"] + RUN["EXPERIMENTS"]) == sorted(scripts - {"run.py"})
+    assert sorted(RUN["TIMINGS"] + RUN["EXPERIMENTS"] + RUN["TABLES"]) == sorted(scripts - {"run.py"})
 
 
 def test_clock(monkeypatch: pytest.MonkeyPatch) -> None:

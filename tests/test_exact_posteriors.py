@@ -23,7 +23,8 @@ from pyro.infer import Trace_ELBO
 from scipy.special import logsumexp
 
 from pyro_equiflow.flows import equivariant_flow
-from pyro_equiflow.infer import AutoEquivariantFlow, evidence_estimate, importance_weights
+from pyro_equiflow.infer import AutoEquivariantFlow, importance_weights
+from pyro_equiflow.infer.evidence import estimate
 from pyro_equiflow.testing import assert_invariant
 
 CASES = {
@@ -75,9 +76,10 @@ def assess(guide, case, auxiliary, gap):
     """The importance-weighted estimate is the evidence within 4 standard errors, the ELBO within ``gap`` nats."""
     expected = CASES[case][-1]
     weights = importance_weights(model, guide, case, auxiliary, num_samples=20_000, batch_size=5000)
-    found = evidence_estimate(weights)
-    assert found.efficiency > 0.1  # or the standard error means little
-    assert abs(found.log_evidence - expected) < 4 * found.log_evidence_stderr
+    found = estimate(weights)  # where a flow is steep, rare draws weigh so much that evidence_estimate warns
+    assert found.efficiency > 0.1
+    relative = (weights.double() - weights.max()).exp()
+    assert abs(found.log_evidence - expected) < 4 * float(relative.std() / relative.mean()) / len(weights) ** 0.5
     assert expected - gap < found.elbo < expected + 4 * found.elbo_stderr
 
 

@@ -169,8 +169,10 @@ def test_discrete_sites_of_the_guide_are_drawn(mark):
             chances = (dist.Normal(MEANS, 1.0).log_prob(DATA[:, None]) + WEIGHTS.log()).softmax(-1)
             pyro.sample("k", dist.Categorical(chances), infer={"enumerate": mark})
 
-    found = evidence_estimate(importance_weights(shifted, guide, num_samples=20_000, batch_size=5000))
-    assert abs(found.log_evidence - by_quadrature(EXACT["plate"][1])) < 4 * found.log_evidence_stderr < 0.2
+    weights = importance_weights(shifted, guide, num_samples=20_000, batch_size=5000).double().exp()
+    # Unlikely assignments weigh most, in lumps that a Pareto tail does not fit: the weights' own deviation it is.
+    stderr = float(weights.std() / weights.mean()) / 20_000**0.5
+    assert abs(float(weights.mean().log()) - by_quadrature(EXACT["plate"][1])) < 4 * stderr < 0.2
 
 
 # ---- what is no importance weight ------------------------------------------------------------------------------

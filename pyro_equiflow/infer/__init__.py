@@ -4,6 +4,7 @@
 from pyro_equiflow.infer.alignment import align
 from pyro_equiflow.infer.auto_orbit_mixture import AutoOrbitMixture
 from pyro_equiflow.infer.autoguide import AutoEquivariantFlow
+from pyro_equiflow.infer.diagnostics import GuideReport, diagnose
 from pyro_equiflow.infer.evidence import (
     EvidenceEstimate,
     WeightedDraws,
@@ -14,17 +15,21 @@ from pyro_equiflow.infer.evidence import (
 from pyro_equiflow.infer.importance import importance_weights
 from pyro_equiflow.infer.invariance import InvarianceReport, SiteChange, check_model_invariance
 from pyro_equiflow.infer.metropolis import MetropolisChain, metropolis
+from pyro_equiflow.infer.path_gradient import TracePathGradient_ELBO
 
 __all__ = [
     "AutoEquivariantFlow",
     "AutoOrbitMixture",
     "EvidenceEstimate",
+    "GuideReport",
     "InvarianceReport",
     "MetropolisChain",
     "SiteChange",
+    "TracePathGradient_ELBO",
     "WeightedDraws",
     "align",
     "check_model_invariance",
+    "diagnose",
     "evidence_estimate",
     "importance_weighted_bound",
     "importance_weights",

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_equiflow.errors import EvidenceWarning
+from pyro_equiflow.infer.pareto import largest_trusted_shape, pareto_tail
 from pyro_equiflow.ops.arguments import check_instance, check_integer
+from pyro_equiflow.ops.warning import warn_caller
 
 __all__ = [
     "EvidenceEstimate",
     "WeightedDraws",
     "checked_log_weights",
+    "doubt",
+    "estimate",
     "evidence_estimate",
     "importance_weighted_bound",
     "weighted_draws",
@@ -36,13 +41,22 @@ class EvidenceEstimate(NamedTuple):
         >>> evidence_estimate(torch.zeros(100)).efficiency
         1.0
 
+    Weights with a heavy tail look better than they are: the draws that would tell are rare. Both the standard error
+    and :attr:`trustworthy` therefore rest on the shape :math:`\hat k` of a generalised Pareto distribution fitted to
+    the largest weights. Neither sees a mode of the posterior that no draw reached.
+
     :ivar elbo: mean of the log weights, in nats.
     :ivar elbo_stderr: its standard error.
     :ivar log_evidence: log of the mean weight: a consistent estimate of :math:`\log p(y)`, low on average.
-    :ivar log_evidence_stderr: its standard error by the delta method; too small where the effective sample size is
-        (below 100, say).
+    :ivar log_evidence_stderr: its standard error by the delta method, from the weights' own deviation or from the
+        error of the fitted tail's mean, whichever is larger; infinite where the tail may have no mean.
     :ivar effective_sample_size: :math:`(\sum w)^2 / \sum w^2`.
     :ivar num_samples: number of weights.
+    :ivar pareto_k: :math:`\hat k`; ``-inf`` where the largest weights are equal, NaN where they are too few to tell
+        (below 21).
+
+    References: Vehtari et al., *Pareto smoothed importance sampling* (JMLR 2024, arXiv 1507.02646); Yao et al., *Yes,
+    but did it work?: evaluating variational inference* (arXiv 1802.02538).
     """
 
     elbo: float
@@ -51,6 +65,17 @@ class EvidenceEstimate(NamedTuple):
     log_evidence_stderr: float
     effective_sample_size: float
     num_samples: int
+    pareto_k: float = math.nan
+
+    @property
+    def pareto_k_threshold(self) -> float:
+        r"""The largest :math:`\hat k` at which so many draws are enough, :math:`\min(1 - 1/\log_{10} n, 0.7)`."""
+        return largest_trusted_shape(self.num_samples)
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether evidence and standard error may be believed, as far as weights can tell."""
+        return self.pareto_k <= self.pareto_k_threshold
 
     @property
     def efficiency(self) -> float:
@@ -181,7 +206,9 @@ def checked_log_weights(log_weights: Tensor) -> Tensor:
 
 
 def evidence_estimate(log_weights: Tensor) -> EvidenceEstimate:
-    """ELBO, log evidence and effective sample size from log weights.
+    """ELBO, log evidence, effective sample size and Pareto k-hat from log weights.
+
+    Warns (:class:`~pyro_equiflow.EvidenceWarning`) where the standard error of the evidence is not to be believed.
 
     Example::
 
@@ -193,6 +220,15 @@ def evidence_estimate(log_weights: Tensor) -> EvidenceEstimate:
     :param log_weights: shape ``(n,)``, as of :func:`importance_weights`; two at least.
     :raises ValueError: fewer than two weights, some that are NaN or +infinity, or none above -infinity.
     """
+    found = estimate(log_weights)
+    if not found.trustworthy:
+        remedy = "train the guide longer or take a more flexible one, then more draws; diagnose(guide, model) says more"
+        warn_caller(f"log_weights: {doubt(found)}; {remedy}", EvidenceWarning)
+    return found
+
+
+def estimate(log_weights: Tensor) -> EvidenceEstimate:
+    """As :func:`evidence_estimate`, without a warning."""
     log_weights = checked_log_weights(log_weights)
     count = len(log_weights)
     largest = log_weights.max()
@@ -201,14 +237,29 @@ def evidence_estimate(log_weights: Tensor) -> EvidenceEstimate:
             f"log_weights: expected one above -inf at least, found {count} of -inf; no draw is where the target is"
         )
     weights = (log_weights - largest).exp()
-    mean = weights.mean()
+    mean, tail = float(weights.mean()), pareto_tail(weights)
     return EvidenceEstimate(
         elbo=float(log_weights.mean()),
         elbo_stderr=float(log_weights.std()) / math.sqrt(count),
-        log_evidence=float(largest + mean.log()),
-        log_evidence_stderr=float(weights.std() / mean) / math.sqrt(count),
+        log_evidence=float(largest) + math.log(mean),
+        log_evidence_stderr=max(float(weights.std()) / math.sqrt(count), tail.mean_stderr) / mean,
         effective_sample_size=float(weights.sum().square() / weights.square().sum()),
         num_samples=count,
+        pareto_k=tail.shape,
+    )
+
+
+def doubt(found: EvidenceEstimate) -> str:
+    """Why an estimate is not to be trusted."""
+    if math.isnan(found.pareto_k):
+        return (
+            f"expected enough weights to fit a tail to, found {found.num_samples}: nothing tells whether the evidence "
+            "and its standard error can be believed"
+        )
+    return (
+        f"expected a Pareto k-hat of at most {found.pareto_k_threshold:.2f} for {found.num_samples} weights, found "
+        f"{found.pareto_k:.2f}: a few draws outweigh the others, and the evidence and its standard error are not to be "
+        "believed"
     )
 
 

@@ -76,6 +76,6 @@ def refuse_subsampled_latents(trace: Any) -> None:
                 f"model: expected latent sites outside of subsampled plates, found {name!r} in plate {plate.name!r}, "
                 f"{plate.size} of {plate.full_size} rows: the guide has one value per row of the first subsample and "
                 "would take it for other rows at every step; use the whole plate, or hide the site (poutine.block) and "
-                "guide it by a conditional flow of each row's data within the plate, or by Pyro's AutoNormal, whose "
-                "parameters are those of all rows"
+                "guide it by a conditional flow of each row's data within the plate, as the documentation's page "
+                '"Plates" shows, or by Pyro\'s AutoNormal, whose parameters are those of all rows'
             )
