@@ -12,7 +12,7 @@ from escnn.nn import FieldType
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from pyro_equiflow.ops.arguments import check_integer
+from pyro_equiflow.ops.arguments import check_integer, found
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import act, channel_matrix, event_dim, on_grid
 from pyro_equiflow.ops.representations import validate_field_type
@@ -123,7 +123,7 @@ def check_orthogonal(matrices: Any, name: str) -> np.ndarray:
         rows = [m.detach().cpu().numpy() if isinstance(m, Tensor) else m for m in matrices]
         given = np.array(rows, dtype=np.float64)
     except (TypeError, ValueError) as cause:
-        raise TypeError(f"{expected}, found {type(matrices).__name__}") from cause
+        raise TypeError(f"{expected}, found {found(matrices)}") from cause
     if given.ndim != 3 or given.shape[1] != given.shape[2] or not given.size:
         raise ValueError(f"{expected}, found shape {given.shape}")
     error = np.abs(given @ given.mT - np.eye(given.shape[-1])).max((1, 2))

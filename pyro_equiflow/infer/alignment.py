@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from escnn.nn import FieldType
 from torch import Tensor
 
+from pyro_equiflow.distributions.orbit import check_orthogonal
 from pyro_equiflow.infer.nearest import Kind, Listed, Orthogonal, Permutations, matrices_of, rows_along
 from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer, found
 from pyro_equiflow.ops.named_groups import named_vector, split_name
@@ -20,7 +20,6 @@ __all__ = ["align"]
 
 _ROUNDS = 100
 _SETTLED = 1e-6  # the mean's change, as a part of its length
-_ORTHOGONAL = 1e-4
 
 #: What moves one site, see :func:`align`.
 Action: TypeAlias = FieldType | str | tuple[str, int] | Sequence[Tensor] | Tensor
@@ -270,15 +269,7 @@ def _named(name: str, family: str, number: int | None, dim: Any, event: torch.Si
 
 
 def _of_matrices(action: Any, size: int) -> Kind:
-    expected = f'a field type, a name such as "O(2)", (name, dim), or a sequence of orthogonal matrices of size {size}'
-    try:
-        rows = list(action) if isinstance(action, Sequence | Tensor | np.ndarray) else []
-        matrices = torch.stack([torch.as_tensor(m, dtype=torch.float64) for m in rows])
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"action: expected {expected}, found {found(action)}") from None
-    if matrices.shape[1:] != (size, size):
-        raise ValueError(f"action: expected {expected}, found shape {tuple(matrices.shape)}")
-    error = (matrices @ matrices.mT - torch.eye(size, dtype=torch.float64)).abs().max()
-    if not error < _ORTHOGONAL:
-        raise ValueError(f"action: expected {expected}, found matrices that differ from orthogonal ones by {error:.1e}")
+    matrices = torch.from_numpy(check_orthogonal(action, "action"))
+    if matrices.shape[-1] != size:
+        raise ValueError(f"action: expected matrices of size {size} for these values, found {tuple(matrices.shape)}")
     return Listed(f"{len(matrices)} matrices", [(torch.arange(size)[None], matrices)])
