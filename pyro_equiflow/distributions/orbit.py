@@ -29,7 +29,7 @@ class Orbit:
     """Where a finite list of orthogonal matrices moves vectors, by one after the other.
 
     :param matrices: float64, ``(order, C, C)``.
-    :param field_type: how the group acts, if escnn knows it.
+    :param field_type: how the group acts that the average is invariant under, if escnn knows it.
     """
 
     event_dim = 1

@@ -68,7 +68,7 @@ class OrbitMixture(TorchDistribution):
 
     @property
     def field_type(self) -> FieldType | None:
-        """How the group acts; ``None`` of matrices."""
+        """How the group acts that leaves the mixture unchanged; ``None`` of matrices."""
         return self.orbit.field_type
 
     @property

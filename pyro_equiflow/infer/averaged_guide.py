@@ -124,9 +124,10 @@ class AveragedGuide(AutoContinuous):
 
     def _extended(self, orbit: Orbit) -> Orbit:
         """The same group, which leaves auxiliary fields as they are: their target is invariant under any action."""
+        if not self._num_auxiliary():
+            return orbit
         still = np.tile(np.eye(self._num_auxiliary()), (len(orbit), 1, 1))
-        matrices: Any = orbit.matrices
-        return Orbit(block_diagonal([matrices, still]))
+        return Orbit(block_diagonal([orbit.matrices, still]))
 
     # ---- saving ----------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ def split_symmetry(field_type: FieldType, built_in: str) -> tuple[FieldType, Orb
         connected = _restricted(field_type)
     except NotImplementedError:  # of escnn, for products with groups whose subgroups it lacks
         return field_type, None
-    return connected, Orbit(np.stack([channel_matrix(field_type, g) for g in elements]))
+    return connected, Orbit(np.stack([channel_matrix(field_type, g) for g in elements]), field_type)
 
 
 def _coset_elements(group: Group) -> list[GroupElement]:
