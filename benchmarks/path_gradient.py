@@ -22,12 +22,12 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from escnn import group, gspaces
+from escnn import gspaces
 from escnn.nn import FieldType
 from phi4 import EXACT, log_density
 from pyro.infer import ELBO, Trace_ELBO
 
-from pyro_equiflow import InvariantNormal, equivariant_flow, image_flow
+from pyro_equiflow import InvariantNormal, equivariant_flow, field_type, image_flow
 from pyro_equiflow.infer import AutoEquivariantFlow, TracePathGradient_ELBO, diagnose
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
@@ -56,7 +56,7 @@ def karate() -> Problem:
     """The tutorial's model and guide."""
     network = tutorial.load_network()
     model = partial(tutorial.model, network)
-    points = tutorial.vectors(group.so2_group(), len(network.graph))
+    points = field_type("SO(2)", vectors=len(network.graph))
     flow = partial(equivariant_flow, num_transforms=4, hidden_dims=(64, 64))
     return Problem(model, lambda: AutoEquivariantFlow(model, {"z": points}, flow, check_invariance=False), 5e-3, 40.0)
 

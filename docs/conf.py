@@ -55,6 +55,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|pyro|escnn|numpy|matplotlib|collections|typing|abc)\..*"),
     ("py:class", "Tensor|FieldType|Distribution|Representation"),
+    ("py:class", r"Action|Orbit|pyro_equiflow\.infer\.actions\.Numbered"),  # types that users need not name
 ]
 
 PUBLIC = {

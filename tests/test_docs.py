@@ -267,7 +267,7 @@ def test_costs_are_those_of_the_results() -> None:
 # ---- examples ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["index", "plates", "questions", "field_types"])
+@pytest.mark.parametrize("page", ["index", "plates", "questions", "field_types", "training"])
 def test_examples_of_pages_run(page: str) -> None:
     """All of a page in one session."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")

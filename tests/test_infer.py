@@ -4,6 +4,7 @@
 import copy
 import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -569,6 +570,13 @@ def test_demo_runs(tmp_path):
     pytest.importorskip("networkx")
     script = Path(__file__).parents[1] / "tutorials" / "karate.py"
     command = [sys.executable, "-W", "error", str(script), "--steps", "3", "--draws", "2000", "--particles", "4"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--fits", "2", "--out", str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
-    assert "averaged: O(2)" in done.stdout and (tmp_path / "karate.png").stat().st_size > 10_000
+    assert re.match(r"4 guides, 2 fits of each, 3 steps per fit: about 1 min\n", done.stdout)
+    ours, *others = [line.split() for line in done.stdout.splitlines() if line.startswith("Auto")]
+    assert ours[0] == "AutoEquivariantFlow" and len(others) == 3
+    rotations, reflections = map(float, ours[7:9])
+    assert max(rotations, reflections) < 1e-9 and all(min(map(float, row[7:9])) > 1e-3 for row in others)
+    assert (tmp_path / "karate.png").stat().st_size > 10_000

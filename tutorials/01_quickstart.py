@@ -11,13 +11,14 @@
 # and spreads over the whole orbit $\{g \cdot z\}$ of everything that fits the data. A normal guide cannot do that. It
 # picks one place on the orbit and is sure of a direction of which the data say nothing.
 #
-# A normalizing flow can, if its map $T$ commutes with the group:
+# A normalizing flow can, if its map $T$ commutes with a group of continuous motions:
 #
 # $$T(g \cdot \epsilon) = g \cdot T(\epsilon), \quad \epsilon \sim N(0, 1) \qquad \Longrightarrow \qquad q(g \cdot z) =
 # q(z).$$
 #
-# The symmetry is then there before the first step of training, and no weight of the network can break it. This page
-# fits such guides in Pyro, shows the law at work, and helps to choose between the four kinds of transform.
+# The symmetry is then there before the first step of training, and no weight of the network can break it. Finitely
+# many elements more, a reflection say, are averaged over, which is as exact. This page fits such guides in Pyro, shows
+# the law at work, and helps to choose between the four kinds of transform.
 
 # %%
 import math
@@ -38,6 +39,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormalizingFlow
 from pyro_equiflow import equivariant_flow
 from pyro_equiflow.infer import AutoEquivariantFlow, check_model_invariance, evidence_estimate, importance_weights
 from pyro_equiflow.plots import plot_density, plot_equivariance_error, plot_samples, plot_training
+from pyro_equiflow.testing import invariance_error
 
 smoke_test = "CI" in os.environ
 steps = 5 if smoke_test else 400
@@ -73,18 +75,13 @@ vector = enn.FieldType(space, [space.irrep(1, 1)])
 print(check_model_invariance(beacon, {"z": vector}))
 
 # %% [markdown]
-# `AutoEquivariantFlow` is a guide like Pyro's own: it takes the model and the field types of its sites. Its default
-# flow is made of couplings, which transform one part of the latent by the other. A single vector has no parts, and
-# any split of it, say into $x$ and $y$, would break the symmetry. So the guide refuses, and says what to do:
-
-# %%
-try:
-    AutoEquivariantFlow(beacon, {"z": vector})()
-except ValueError as error:
-    print(error)
-
-# %% [markdown]
-# We take one of its suggestions, implicit transforms, which need no split and keep the density exact.
+# `AutoEquivariantFlow` is a guide like Pyro's own: it takes the model and the field types of its sites, and builds a
+# flow. The flow commutes with the part of the group that is connected, here the rotations. What is left, here a
+# reflection, the guide averages over: its draws and its density have the whole symmetry.
+#
+# By default the flow is made of couplings, which transform one part of the latent by the other. A single vector has no
+# parts, and any split of it, say into $x$ and $y$, would break the symmetry; of one the default are residual steps.
+# Here we choose the flow ourselves: implicit transforms, which need no split either and bend more in one step.
 # Training is Pyro's ELBO and an optimizer of torch.
 
 
@@ -156,23 +153,28 @@ for name, guide in {"AutoMultivariateNormal": normal_guide, "AutoEquivariantFlow
 print(f"{'exact':24}{'':8}{exact:14.3f}")
 
 # %% [markdown]
-# Mind the normal guide's estimate of the evidence: it is far off, and its standard error does not tell. Draws that
-# never leave one side of the ring cannot know of the other.
+# Mind the normal guide's estimate of the evidence. It is far off, and an infinite standard error says that the weights
+# are too uneven to tell by how much; `evidence_estimate` warns as well. Not every fault shows in the weights, though:
+# draws that never leave one side of the ring cannot know of the other. `diagnose(guide, model)` gives these figures in
+# one call, with what to do.
 #
 # ## The law, checked
 #
 # `pyro_equiflow.testing` measures the promise, $|T(g \cdot \epsilon) - g \cdot T(\epsilon)|$ relative to
-# $|T(\epsilon)|$, for every transform, and for yours. The figure shows it by group element, beside one of Pyro's own
-# couplings. That one maps a rotated point somewhere else altogether; ours is off by rounding.
+# $|T(\epsilon)|$, for every transform, and for yours. The figure shows it by angle of rotation, beside one of Pyro's
+# own couplings. That one maps a rotated point somewhere else altogether; ours is off by rounding. How the rotations act
+# on what the flow maps is the guide's `flow_type`. The guide's density, an average, is invariant under all of $O(2)$:
 
 # %%
-angles = [space.fibergroup.element((flip, 2 * math.pi * k / 12), "radians") for flip in (0, 1) for k in range(12)]
+draws = flow_guide.get_posterior().sample((200,))
+print(f"log q changes by at most {invariance_error(flow_guide.get_posterior(), draws, vector):.1e}")
+angles = [group.so2_group().element(2 * math.pi * k / 12, "radians") for k in range(12)]
 plain = T.affine_coupling(2, hidden_dims=[32])
 figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
 plot_equivariance_error(
     {"implicit flow of the guide": flow_guide.transform, "Pyro's affine coupling": plain},
     torch.randn(200, 2),
-    field_type=vector,
+    field_type=flow_guide.flow_type,
     elements=angles,
     ax=ax,
 )
@@ -193,7 +195,8 @@ plt.show()
 # vector too.
 #
 # To compare them we need a latent that can be split. Three ships hear each other: three positions, known by three
-# noisy distances. All four kinds, and two guides of Pyro, get the same number of steps.
+# noisy distances. The guide with nothing said, which is couplings with splines, all four kinds of flow, and two guides
+# of Pyro get the same number of steps.
 
 # %%
 measured = torch.tensor([1.2, 1.5, 1.9])
@@ -212,8 +215,8 @@ def plain_flow(size):
 
 positions = enn.FieldType(space, 3 * [space.irrep(1, 1)])
 kinds = {
-    "coupling": partial(equivariant_flow, num_transforms=4),
-    "coupling, splines": partial(equivariant_flow, num_transforms=4, transformer="spline"),
+    "default: splines": None,
+    "coupling, affine": partial(equivariant_flow, num_transforms=4),
     "IAF": partial(equivariant_flow, kind="iaf", num_transforms=4),
     "residual": partial(equivariant_flow, kind="residual", num_transforms=4, lipschitz=0.97),
     "implicit": partial(equivariant_flow, kind="implicit", num_transforms=3, lipschitz=0.97),
@@ -250,7 +253,7 @@ print("Step: CPU milliseconds of one training step of 64 draws. Draw, score: of 
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(3, 2))
-shown = ("AutoMultivariateNormal", "AutoNormalizingFlow", "coupling, splines", "residual")
+shown = ("AutoMultivariateNormal", "AutoNormalizingFlow", "default: splines", "residual")
 plot_training({name: curves[name] for name in shown}, smooth=min(20, steps), ylabel="negative ELBO, nats", ax=left)
 left.set_ylim(top=min(20, left.get_ylim()[1]))
 with torch.no_grad():
@@ -264,8 +267,9 @@ plt.show()
 # triangle. Splines pay off here, since they can open the hole in the ring that a scale cannot. Solved transforms come
 # close to that with fewer parameters, at two to four times the cost of a step; residual ones draw cheaply and score
 # dearly, implicit ones do neither cheaply. With 400 steps the affine couplings and the IAF have not got far. The
-# guides of Pyro cover a piece of the orbit, and that is why their estimates of the evidence are low by more than
-# their standard errors.
+# guides of Pyro cover a piece of the orbit; that is why their estimates of the evidence are low, or have no standard
+# error (`inf`: a few draws outweigh the others). Scores of the averaged guides take two passes, one per mirror image;
+# steps of training take one.
 #
 # Left: training. Right: the way from the second ship to the first in draws of two guides, with the orbit of one draw.
 # The flow's draws go all the way round.
@@ -274,11 +278,12 @@ plt.show()
 #
 # | you have | take | because |
 # |---|---|---|
-# | several vectors or fields | `kind="coupling"`, perhaps `transformer="spline"` | cheap and exact both ways |
+# | a posterior | the guide's default | couplings with splines, cheap and exact both ways |
 # | a guide trained on its own draws | `kind="iaf"` too | cheap on its own draws, dearer on other points |
-# | one vector or irrep, its density needed | `kind="implicit"`, `"residual"` | no split; a few times dearer |
+# | one vector or irrep | the default again, or `kind="implicit"` | residual steps, no split; a few times dearer |
 # | one vector, a bound of its density will do | `auxiliary=1` | couplings, with a helper beside the latent |
-# | modes that a finite group exchanges | any; then `guide.average_over` | a flow is continuous, a sum need not be |
+# | modes that the group exchanges | nothing: the guide averages | a flow is continuous, a sum need not be |
+# | modes that another finite group exchanges | `guide.average_over`, `AutoOrbitMixture` | the same, for any guide |
 # | images | `image_flow` | squeezes, several scales, steerable convolutions |
 #
 # Among solved transforms, residual ones map forwards at once and solve for the inverse; implicit ones solve both ways

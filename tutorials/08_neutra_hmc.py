@@ -296,9 +296,9 @@ plt.show()
 #
 # - [Quickstart](01_quickstart.ipynb): guides, the four kinds of transform, their costs.
 # - [Latent networks](02_latent_networks.ipynb): 34 positions in place of three, and invariant questions.
-# - A model with two mirror images: leave `anticlockwise` out and see what `average_over` does for the guide. NeuTra
-#   uses the flow without the average, so a chain may stay with one image. That does no harm to quantities that the
-#   mirror leaves unchanged.
+# - A model with two mirror images: leave `anticlockwise` out and declare $O(2)$. The guide builds in the rotations and
+#   averages over a reflection. NeuTra uses the flow alone, without the average, so a chain may stay with one image.
+#   That does no harm to quantities that the mirror leaves unchanged.
 # - Fewer divergences: train longer, or take `NUTS(..., target_accept_prob=0.95)`.
 #
 # References: M. Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport* (arXiv

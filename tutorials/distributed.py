@@ -7,7 +7,8 @@
 ``sensors`` fits an equivariant guide: where sensors stand in the plane, given noisy distances between them.
 ``triangles`` fits an equivariant density by maximum likelihood: random triangles, each turned at random. Both are
 Pyro's ``Trace_ELBO()(model, guide)``, a module, in ``DistributedDataParallel``. Each rank holds a shard of the data and
-draws its own noise; gradients are averaged.
+draws its own noise; gradients are averaged. The loss of ``sensors`` that is printed is that of one mirror image, as
+always in training; the guide's own is lower by up to log 2 (``docs/training.md``).
 
 A run that is killed goes on from its last checkpoint and ends at the parameters of one that was not: start it again
 with the same line, or let torchrun do so. ``docs/scale_out.md`` has the line for it and says what to do on many GPUs.
