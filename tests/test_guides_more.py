@@ -50,7 +50,6 @@ GUIDES = {
 # ---- what should hold and does not --------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="the element is drawn anew: the sites' deltas stand elsewhere, -inf")
 @pytest.mark.parametrize("name", GUIDES)
 def test_replayed_guide_has_its_density(name):
     guide = GUIDES[name]()
@@ -61,7 +60,6 @@ def test_replayed_guide_has_its_density(name):
         assert torch.allclose(again.log_prob_sum(), trace.log_prob_sum(), atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="in training mode the site holds the value before the turn")
 @pytest.mark.parametrize("name", GUIDES)
 def test_latent_site_holds_the_values_of_the_sites(name):
     guide = GUIDES[name]()
@@ -71,7 +69,6 @@ def test_latent_site_holds_the_values_of_the_sites(name):
         assert torch.equal(nodes[f"_{type(guide).__name__}_latent"]["value"], nodes["z"]["value"])
 
 
-@pytest.mark.xfail(strict=True, reason="state_dict has nothing of the average, and loads all keys without it")
 def test_average_is_saved_or_missed():
     guide, other = (pe.AutoEquivariantFlow(prior, {"z": RELABELLED[[0, 3, 4]]}) for _ in range(2))
     guide()
@@ -85,7 +82,6 @@ def test_average_is_saved_or_missed():
     assert torch.allclose(other.get_posterior().log_prob(x), guide.get_posterior().log_prob(x), atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="Orbit.turn loops over the elements drawn at the trace")
 def test_jit_with_vectorised_particles():
     guide = pe.AutoOrbitMixture(AutoNormal(prior), {"z": RELABELLED})
     elbo = JitTrace_ELBO(num_particles=3, vectorize_particles=True, ignore_jit_warnings=True)
@@ -96,21 +92,18 @@ def test_jit_with_vectorised_particles():
             svi.step()
 
 
-@pytest.mark.xfail(strict=True, reason="one value outside draws in the whole event")
 def test_only_values_outside_are_drawn_in():
     u = torch.tensor([1.0, 2.0, -200.0])
     event = constraints.independent(constraints.positive, 1)
     assert torch.equal(kept_inside(u, event), kept_inside(u, constraints.positive))
 
 
-@pytest.mark.xfail(strict=True, reason="the report knows field types only")
 def test_report_names_a_group_of_matrices():
     guide = pe.AutoOrbitMixture(AutoNormal(prior), {"z": RELABELLED})
     report = diagnose(guide, prior, num_samples=100)
     assert report.group is not None and report.invariance < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="no word where the built-in symmetry is lost")
 def test_average_that_breaks_what_is_built_in():
     def model():
         pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
@@ -121,7 +114,6 @@ def test_average_that_breaks_what_is_built_in():
         guide.average_over({"z": pe.matrix_group([torch.eye(4)[[2, 1, 0, 3]]])})
 
 
-@pytest.mark.xfail(strict=True, reason="reads: expected a field type, ..., found FieldType")
 def test_matrices_beside_field_types_are_named():
     representations = {"z": pe.field_type("D_3", vectors=1), "w": RELABELLED}
     with pytest.raises((TypeError, ValueError)) as caught:

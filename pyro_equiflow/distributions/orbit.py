@@ -11,16 +11,20 @@ import torch
 from escnn.nn import FieldType
 from scipy.spatial import cKDTree
 from torch import Tensor
+from torch.distributions import Transform, constraints
 
 from pyro_equiflow.ops.arguments import check_integer, found
 from pyro_equiflow.ops.constants import Constants
 from pyro_equiflow.ops.events import act, channel_matrix, event_dim, on_grid
 from pyro_equiflow.ops.representations import validate_field_type
+from pyro_equiflow.ops.tracing import is_traced
 
-__all__ = ["Action", "Orbit", "matrix_group", "orbit_of"]
+__all__ = ["Action", "Orbit", "Turn", "matrix_group", "orbit_of"]
 
 Action: TypeAlias = FieldType | Tensor | np.ndarray | Sequence[Any]
 """How a finite group acts: a field type, or the matrices of all elements."""
+
+_GATHERED = 2**22  # entries of all matrices of a batch
 
 _TOLERANCE = 1e-5  # of matrices given in float32, and of their products
 
@@ -47,17 +51,30 @@ class Orbit:
     def __len__(self) -> int:
         return len(self.matrices)
 
-    def turn(self, x: Tensor) -> Tensor:
-        """Every event of a batch, moved by an element of its own, drawn uniformly."""
-        which = torch.randint(len(self), x.shape[: x.dim() - self.event_dim], device=x.device)
+    def turn(self, x: Tensor, which: Tensor, inverse: bool = False) -> Tensor:
+        """Every event of a batch, moved by an element of its own or back.
+
+        :param x: shape ``(*batch, *event)``.
+        :param which: the elements' numbers, of a shape that broadcasts with the batch.
+        """
+        batch = torch.broadcast_shapes(which.shape, x.shape[: x.dim() - self.event_dim])
+        x, which = x.expand(*batch, *x.shape[x.dim() - self.event_dim :]), which.expand(batch)
+        if self._gathers(x):
+            matrices = self._constants.like(x)["matrices"][which]
+            return ((matrices.mT if inverse else matrices) @ x.unsqueeze(-1)).squeeze(-1)
         turned = x.clone()
         for index in which.unique().tolist():
             mask = which == index
-            turned[mask] = self._image(index, x[mask])
+            turned[mask] = self._image(index, x[mask], inverse)
         return turned
 
-    def _image(self, index: int, x: Tensor) -> Tensor:
-        return x @ self._constants.like(x)["matrices"][index].mT
+    def _gathers(self, x: Tensor) -> bool:
+        """Whether a matrix per event is looked up: where it is little memory, or values may not be looked at."""
+        return x.numel() * self.size < _GATHERED or is_traced(x)
+
+    def _image(self, index: int, x: Tensor, inverse: bool) -> Tensor:
+        matrix = self._constants.like(x)["matrices"][index]
+        return x @ (matrix if inverse else matrix.mT)
 
     def preimages(self, x: Tensor) -> Tensor:
         """What every element would move to these events, ``(order, *batch, *event)``."""
@@ -82,12 +99,47 @@ class GridOrbit(Orbit):
     def __len__(self) -> int:
         return len(self._elements)
 
-    def _image(self, index: int, x: Tensor) -> Tensor:
-        return act(self._acting, self._elements[index], x)
+    def _gathers(self, x: Tensor) -> bool:
+        return False
+
+    def _image(self, index: int, x: Tensor, inverse: bool) -> Tensor:
+        element = self._elements[index]
+        return act(self._acting, ~element if inverse else element, x)
 
     def preimages(self, x: Tensor) -> Tensor:
         """What every element would move to these events, ``(order, *batch, *event)``."""
         return torch.stack([act(self._acting, ~g, x) for g in self._elements])
+
+
+class Turn(Transform):
+    """Moves events by elements of an orbit: what a draw of the unaveraged density goes through.
+
+    :param which: the elements' numbers, one per event.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, orbit: Orbit, which: Tensor) -> None:
+        super().__init__(cache_size=1)
+        self.orbit, self.which = orbit, which
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.orbit.turn(x, self.which)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.orbit.turn(y, self.which, inverse=True)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero: the elements act orthogonally."""
+        return y.new_zeros(y.shape[:-1])
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape of turned events."""
+        return torch.Size((*torch.broadcast_shapes(torch.Size(shape[:-1]), self.which.shape), shape[-1]))
+
+    inverse_shape = forward_shape
 
 
 def orbit_of(action: Action, name: str = "action") -> Orbit:
@@ -121,6 +173,8 @@ def check_orthogonal(matrices: Any, name: str) -> np.ndarray:
     expected = f"{name}: expected a field type, or orthogonal matrices of shape (order, C, C)"
     try:
         rows = [m.detach().cpu().numpy() if isinstance(m, Tensor) else m for m in matrices]
+        if any(np.iscomplexobj(row) for row in rows):
+            raise TypeError("complex entries")
         given = np.array(rows, dtype=np.float64)
     except (TypeError, ValueError) as cause:
         raise TypeError(f"{expected}, found {found(matrices)}") from cause

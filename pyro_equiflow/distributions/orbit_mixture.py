@@ -89,12 +89,16 @@ class OrbitMixture(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """A draw of the base, moved by a uniformly drawn group element."""
         with torch.no_grad():
-            return self.orbit.turn(self.base.sample(torch.Size(sample_shape)))
+            return self._turned(self.base.sample(torch.Size(sample_shape)))
 
     @full_precision
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """As :meth:`sample`, with gradients to the base."""
-        return self.orbit.turn(self.base.rsample(torch.Size(sample_shape)))
+        return self._turned(self.base.rsample(torch.Size(sample_shape)))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        return self.orbit.turn(x, torch.randint(len(self.orbit), batch, device=x.device))
 
     @full_precision
     def log_prob(self, value: Tensor) -> Tensor:

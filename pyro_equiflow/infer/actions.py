@@ -49,7 +49,13 @@ def validate_representations(representations: Representations) -> dict[str, Any]
         )
     for name in representations:
         check_instance("representations", name, str, "names of latent sites")
-    if any(isinstance(value, (Tensor, np.ndarray, list, tuple)) for value in representations.values()):
+    given = [isinstance(value, (Tensor, np.ndarray, list, tuple)) for value in representations.values()]
+    if any(given):
+        if any(isinstance(value, FieldType) for value in representations.values()):
+            raise ValueError(
+                "representations: expected field types for all sites or matrices for all, found both; write the field "
+                "types' matrices down, one per element in the order of the others"
+            )
         return _validate_matrices(representations)
     first: str = ""
     gspace: Any = None

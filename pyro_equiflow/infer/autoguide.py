@@ -15,8 +15,9 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.transforms import ComposeTransformModule
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import Transform, biject_to
 
+from pyro_equiflow.distributions import OrbitMixture
 from pyro_equiflow.distributions.augmented import AugmentedDistribution, augment
 from pyro_equiflow.distributions.orbit import Orbit
 from pyro_equiflow.flows import equivariant_flow
@@ -26,43 +27,17 @@ from pyro_equiflow.infer.cosets import split_symmetry
 from pyro_equiflow.infer.invariance import InvarianceReport
 from pyro_equiflow.infer.latents import preserved_random_state, refuse_subsampled_latents
 from pyro_equiflow.infer.param_store import take_stored_parameters
-from pyro_equiflow.maps import Spline
+from pyro_equiflow.infer.starts import default_flow, location_and_scale
 from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
-from pyro_equiflow.ops.coordinates import IrrepCoordinates
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
-from pyro_equiflow.ops.representations import IrrepDecomposition
-from pyro_equiflow.transforms import Compose, EquivariantActNorm, EquivariantTransform, Inverse
+from pyro_equiflow.ops.events import act
+from pyro_equiflow.ops.representations import IrrepDecomposition, probe_elements
+from pyro_equiflow.transforms import Compose, EquivariantTransform
 
 __all__ = ["AutoEquivariantFlow"]
 
+_ROUNDING = 1e-6  # nats, in float64
 _INIT_ROWS = 1024  # base draws that set data-dependent layers
-
-
-def _default_flow(field_type: FieldType) -> EquivariantTransform:
-    """Spline couplings; of a single irrep, which has nothing to split, residual steps."""
-    if len(IrrepDecomposition(field_type).blocks) > 1:
-        return equivariant_flow(field_type, num_transforms=4, transformer=Spline(log_scale_bound=0.5), actnorm=False)
-    return equivariant_flow(field_type, kind="residual", num_transforms=6, actnorm=False)
-
-
-def _location_and_scale(field_type: FieldType, latent: Tensor, init_scale: float) -> Inverse:
-    """A last layer, learned: a scale per irrep and a shift of what is invariant, from one point of the latent space.
-
-    Invariant coordinates start at its values with ``init_scale``; irreps that the group moves, which have no location,
-    at its lengths; auxiliary fields, which it has no values of, as the standard normals that are their target.
-    """
-    layer, coordinates = EquivariantActNorm(field_type, data_init=False), IrrepCoordinates(field_type)
-    size, irreps = len(latent), coordinates.irreps
-    point, auxiliary = torch.zeros(2, field_type.size, dtype=torch.float64)
-    point[:size], auxiliary[size:] = latent, 1.0
-    z = coordinates.coordinates(point)
-    scales = (irreps.squares(z) / torch.as_tensor(irreps.repeats)).sqrt().clamp(min=init_scale)
-    scales[coordinates.trivial_irreps] = init_scale
-    scales[irreps.squares(coordinates.coordinates(auxiliary)) > 0] = 1.0
-    with torch.no_grad():
-        layer.log_scale.copy_(-scales.log())
-        layer.loc.copy_(z[coordinates.trivial])
-    return Inverse(layer)
 
 
 class AutoEquivariantFlow(AveragedGuide):
@@ -87,7 +62,9 @@ class AutoEquivariantFlow(AveragedGuide):
 
     The flow ends with a learned scale per irrep and a shift of what :math:`G_0` leaves unchanged. It starts at the
     location of ``init_loc_fn`` with ``init_scale`` as the standard deviation; coordinates that :math:`G_0` moves, which
-    can have no location, start at the size of their initial values, or ``init_scale`` where that is larger.
+    can have no location, start at the size of their initial values, or ``init_scale`` where that is larger. Where
+    ``init_loc_fn`` gives a point that the finite rest leaves in place (zeros, equal components), which is as near to
+    one of the modes as to another, what it moves starts at a draw from the prior instead.
 
     A latent that cannot be split (a single vector under SO(3), say) takes residual steps by default, or couplings with
     ``auxiliary`` fields :math:`e` beside it: the flow then acts on :math:`u \oplus e`, and so does the guide's site.
@@ -235,7 +212,7 @@ class AutoEquivariantFlow(AveragedGuide):
         return self._with_auxiliary(field_type).size - self.latent_dim
 
     def _build(self, field_type: FieldType) -> Transform:
-        flow = partial(_default_flow if self._flow is None else self._flow, field_type)
+        flow = partial(default_flow if self._flow is None else self._flow, field_type)
         transform = flow()
         if not isinstance(transform, Transform):
             raise TypeError(f"flow: expected a callable that gives a transform, found {type(transform).__name__}")
@@ -251,12 +228,47 @@ class AutoEquivariantFlow(AveragedGuide):
         # One or a few particles a step say nothing of a layer's scale: base draws set it, once and for all.
         with preserved_random_state(), torch.no_grad():
             transform(torch.randn(_INIT_ROWS, field_type.size, dtype=latent.dtype, device=latent.device))
-        # Auxiliary fields start as they end, standard normal.
-        last = _location_and_scale(field_type, latent, self.init_scale).to(dtype=latent.dtype, device=latent.device)
+        last = location_and_scale(field_type, latent, self.init_scale, self.orbit, self._prior_draw())
+        last = last.to(dtype=latent.dtype, device=latent.device)
         plain: Any = transform  # mypy takes no Transform that is a Module for an EquivariantTransform
         if isinstance(plain, EquivariantTransform):
             return Compose([plain, last])
         return ComposeTransformModule([plain, last])
+
+    def _prior_draw(self) -> Tensor:
+        """Unconstrained values of all sites, drawn from the distributions of the first trace."""
+        trace: Any = self.prototype_trace
+        with torch.no_grad():
+            sites = [site["fn"] for _, site in trace.iter_stochastic_nodes()]
+            return torch.cat([biject_to(fn.support).inv(fn.sample()).reshape(-1) for fn in sites])
+
+    def _check_average(self, orbit: Orbit) -> None:
+        flow_type: Any = self.flow_type
+        if flow_type.fibergroup.order() == 1:
+            return
+        # Any flow that commutes with the group would do; this guide's own may stand at its start, where it is nothing.
+        with preserved_random_state(), torch.no_grad():
+            torch.manual_seed(0)
+            options: dict[str, Any] = {
+                "num_transforms": 2,
+                "hidden_dims": (16,),
+                "identity_init": False,
+                "actnorm": False,
+            }
+            kind = "coupling" if len(IrrepDecomposition(flow_type).blocks) > 1 else "residual"
+            flow = equivariant_flow(flow_type, kind=kind, **options).double().eval()
+            base = dist.Normal(torch.zeros(flow_type.size, dtype=torch.float64), 1.0).to_event(1)
+            average = OrbitMixture(dist.TransformedDistribution(base, [flow]), orbit)
+            x = average.sample((20,))
+            before = average.log_prob(x)
+            changes = [average.log_prob(act(flow_type, g, x)) - before for g in probe_elements(flow_type.fibergroup)]
+        worst = max(float(change.abs().max()) for change in changes)
+        if worst > _ROUNDING:
+            raise ValueError(
+                f"representations: expected a group that maps {flow_type.fibergroup}, which the flow commutes with, to "
+                f"itself, found one whose average changes under it by {worst:.2g} nats; declare a group that holds "
+                "both in the constructor, or a smaller one there"
+            )
 
     # ---- Pyro's contract --------------------------------------------------------------------------------------
 

@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
 from pyro_equiflow.distributions import OrbitMixture
-from pyro_equiflow.distributions.orbit import Orbit
-from pyro_equiflow.errors import EquivarianceError
+from pyro_equiflow.distributions.orbit import Orbit, Turn
+from pyro_equiflow.errors import EquivarianceError, PrecisionWarning
 from pyro_equiflow.infer.actions import Representations, block_diagonal, latent_orbit, validate_representations
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
 from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.infer.supports import kept_inside
 from pyro_equiflow.ops.arguments import check_instance, check_number
 from pyro_equiflow.ops.serialization import forget_param_store
+from pyro_equiflow.ops.warning import warn_caller
 
 __all__ = ["AveragedGuide"]
 
@@ -80,9 +82,19 @@ class AveragedGuide(AutoContinuous):
         name, unaveraged = f"_{self._pyro_name}_latent", self._get_unaveraged(*args, **kwargs)
         if self.orbit is None:
             return pyro.sample(name, unaveraged, infer={"is_auxiliary": True})
-        if not (self.training and torch.is_grad_enabled()):
+        if not self._trains():
             return pyro.sample(name, OrbitMixture(unaveraged, self.orbit), infer={"is_auxiliary": True})
-        return self.orbit.turn(pyro.sample(name, unaveraged, infer={"is_auxiliary": True}))
+        # Of log-density 0 and without a score: a draw's element, which a replayed trace keeps.
+        zero = torch.zeros((), **self._like())
+        place = pyro.sample(f"{name}_element", dist.Uniform(zero, zero + 1), infer={"is_auxiliary": True})
+        which = (place * len(self.orbit)).long().clamp(max=len(self.orbit) - 1)
+        turned = dist.TransformedDistribution(unaveraged, [Turn(self.orbit, which)])
+        return pyro.sample(name, turned, infer={"is_auxiliary": True})
+
+    def _like(self) -> dict[str, Any]:
+        """Dtype and device of the latent values."""
+        latent = self._init_loc()
+        return {"dtype": latent.dtype, "device": latent.device}
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the latent values at the guide's auxiliary site."""
@@ -90,7 +102,19 @@ class AveragedGuide(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for site, unconstrained in super()._unpack_latent(latent):
-            yield site, kept_inside(unconstrained, site["fn"].support)
+            kept = kept_inside(unconstrained, site["fn"].support)
+            if kept is not unconstrained and not self._trains():
+                warn_caller(
+                    f"{type(self).__name__}: draws of {site['name']!r} reach beyond the numbers of {kept.dtype} in "
+                    "its support; they stand at the last of these and are scored where they were. Train on, or take "
+                    "float64",
+                    PrecisionWarning,
+                )
+            yield site, kept
+
+    def _trains(self) -> bool:
+        """Whether scores are for gradients."""
+        return self.training and torch.is_grad_enabled()
 
     def average_over(self, representations: Representations, *args: Any, **kwargs: Any) -> None:
         r"""From now on the guide is the exact average over a finite group more.
@@ -100,7 +124,8 @@ class AveragedGuide(AutoContinuous):
         can come before training or after; a density costs :math:`|H|` of the distribution averaged.
 
         Where what is averaged is invariant under a group that :math:`H` normalises (rotations and a reflection, say),
-        the average is invariant under both.
+        the average is invariant under both. One that would not be, since :math:`H` does not normalise what the flow
+        commutes with, is refused.
 
         :param representations: of a finite group by latent site: field types without a base space, or the orthogonal
             matrices of all elements (:func:`~pyro_equiflow.matrix_group`), in one order for all sites; acting on the
@@ -108,7 +133,8 @@ class AveragedGuide(AutoContinuous):
         :param args: the model's arguments, for the check of the symmetry.
         :param kwargs: the model's keyword arguments.
         :raises TypeError: representations of another kind.
-        :raises ValueError: a guide that was not called before, an infinite group, unknown sites, sizes that do not fit.
+        :raises ValueError: a guide that was not called before, an infinite group, unknown sites, sizes that do not fit,
+            a group that breaks what the guide has built in.
         :raises EquivarianceError: the model lacks the symmetry (unless ``check_invariance=False``).
         """
         self._require_set_up()
@@ -116,7 +142,12 @@ class AveragedGuide(AutoContinuous):
         orbit = latent_orbit(representations, self._unconstrained_shapes)
         self._check_model(representations, args, kwargs)
         orbit = self._extended(orbit)
-        self.orbit = orbit if self.orbit is None else orbit * self.orbit
+        orbit = orbit if self.orbit is None else orbit * self.orbit
+        self._check_average(orbit)
+        self.orbit = orbit
+
+    def _check_average(self, orbit: Orbit) -> None:
+        """Raises where an average over an orbit would lose what the guide has built in."""
 
     def _num_auxiliary(self) -> int:
         """How many auxiliary fields the unaveraged distribution has after the latent values."""
@@ -138,6 +169,17 @@ class AveragedGuide(AutoContinuous):
         """
         self._require_set_up()
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """The matrices of what is averaged over, which :meth:`average_over` may have added to: part of the density."""
+        return torch.zeros(0) if self.orbit is None else torch.from_numpy(self.orbit.matrices.copy())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Averages over what the saved guide did."""
+        if not len(state):
+            self.orbit = None
+        elif self.orbit is None or not np.array_equal(self.orbit.matrices, state.numpy()):
+            self.orbit = Orbit(state.cpu().numpy())
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own clears the guide's model; only what is written down goes without it.

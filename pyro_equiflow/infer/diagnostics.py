@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from escnn.nn import FieldType
 from torch import Tensor
 
 from pyro_equiflow.distributions.augmented import augment
+from pyro_equiflow.distributions.orbit import Orbit
 from pyro_equiflow.infer.evidence import EvidenceEstimate, doubt, estimate, evaluating, importance_weighted_bound
 from pyro_equiflow.infer.importance import importance_weights
 from pyro_equiflow.infer.latents import preserved_random_state
@@ -24,6 +26,7 @@ __all__ = ["GuideReport", "diagnose"]
 
 _GROUPS = 20  # of draws, for the bound: its standard error has about a sixth's error of its own
 _INVARIANCE_DRAWS = 100
+_MATRICES = 24  # of a group given by matrices
 _MUCH = 0.1  # nats: a gap, an error or a change of the guide's density below it asks for nothing
 
 
@@ -179,10 +182,8 @@ def diagnose(
     options: dict[str, Any] = {"batch_size": batch_size, "max_plate_nesting": max_plate_nesting}
     log_weights = importance_weights(model, guide, *args, num_samples=num_samples, **options, **kwargs)
     found, particles = estimate(log_weights), max(1, num_samples // _GROUPS)
-    field_type = getattr(guide, "field_type", None)
-    group = invariance = None
-    if isinstance(field_type, FieldType):
-        group, invariance = str(field_type.fibergroup), _invariance(guide, field_type, args, kwargs)
+    group, moves = _declared(guide)
+    invariance = _invariance(guide, moves, args, kwargs) if moves else None
     return GuideReport(
         getattr(guide, "__name__", type(guide).__name__),
         found,
@@ -194,16 +195,32 @@ def diagnose(
     )
 
 
-def _invariance(guide: Any, field_type: FieldType, args: tuple, kwargs: dict[str, Any]) -> float | None:
-    """The largest change of a guide's log-density at draws of its own, by elements that decide for the group."""
+def _declared(guide: Any) -> tuple[str | None, list[Callable[[Tensor], Tensor]]]:
+    """The group that a guide declares, in words, and elements that decide for it as maps of its joint values."""
+    field_type, orbit = getattr(guide, "field_type", None), getattr(guide, "orbit", None)
+    moves: list[Callable[[Tensor], Tensor]] = []
+    names = []
+    if isinstance(field_type, FieldType) and field_type.fibergroup.order() != 1:
+        names.append(str(field_type.fibergroup))
+        auxiliary = getattr(guide, "auxiliary", None)
+        acting = field_type if auxiliary is None else augment(field_type, auxiliary)
+        moves += [partial(act, acting, g) for g in probe_elements(field_type.fibergroup)]
+    if isinstance(orbit, Orbit) and orbit.field_type is None:
+        names.append(f"a group of {len(orbit)} matrices")
+        moves += [partial(orbit.turn, which=torch.tensor(index)) for index in range(min(len(orbit), _MATRICES))]
+    return " and ".join(names) or None, moves
+
+
+def _invariance(
+    guide: Any, moves: list[Callable[[Tensor], Tensor]], args: tuple, kwargs: dict[str, Any]
+) -> float | None:
+    """The largest change of a guide's log-density at draws of its own, by some maps of them."""
     if not hasattr(guide, "get_posterior"):
         return None
     with evaluating(guide), preserved_random_state():
         posterior = guide.get_posterior(*args, **kwargs)
         joint = getattr(posterior, "joint", posterior)  # auxiliary fields are invariant as well, and so is their joint
-        auxiliary = getattr(guide, "auxiliary", None)
-        acting = field_type if auxiliary is None else augment(field_type, auxiliary)
         draws = joint.sample((_INVARIANCE_DRAWS,))
         before = joint.log_prob(draws)
-        changes = [joint.log_prob(act(acting, g, draws)) - before for g in probe_elements(field_type.fibergroup)]
+        changes = [joint.log_prob(move(draws)) - before for move in moves]
     return max((float(change.abs().max()) for change in changes), default=0.0)

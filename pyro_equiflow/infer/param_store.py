@@ -14,7 +14,7 @@ def take_stored_parameters(name: str, module: torch.nn.Module, owner: str) -> No
     """Follows the parameter store where it holds other tensors under a module's names, as PyroParams do.
 
     :param name: the module's full name in the store.
-    :raises ValueError: the store holds a tensor of another shape.
+    :raises ValueError: the store holds a tensor of another shape or dtype.
     """
     store = pyro.get_param_store()
     keys = {param_with_module_name(name, key): value for key, value in module.named_parameters()}
@@ -22,10 +22,11 @@ def take_stored_parameters(name: str, module: torch.nn.Module, owner: str) -> No
     if first is None or first not in store or store[first] is keys[first]:
         return  # the store holds all of a module's parameters or none
     for key, parameter in keys.items():
-        if key in store and store[key].shape != parameter.shape:
+        stored = store[key] if key in store else parameter  # noqa: SIM401 (its get makes no tensor of it)
+        if (stored.shape, stored.dtype) != (parameter.shape, parameter.dtype):
             raise ValueError(
-                f"{owner}: expected {key!r} of shape {tuple(parameter.shape)} in Pyro's parameter "
-                f"store, found {tuple(store[key].shape)}, of another guide; call pyro.clear_param_store() before "
-                "a new fit"
+                f"{owner}: expected {key!r} of shape {tuple(parameter.shape)} and {parameter.dtype} in Pyro's "
+                f"parameter store, found {tuple(stored.shape)} and {stored.dtype}, of another guide; call "
+                "pyro.clear_param_store() before a new fit"
             )
     pyro.module(name, module, update_module_params=True)

@@ -31,6 +31,8 @@ def kept_inside(unconstrained: Tensor, support: Any) -> Tensor:
         plain = plain.base_constraint
     if plain is constraints.real or is_traced(unconstrained):
         return unconstrained
+    if biject_to(plain).domain.event_dim == 0:
+        support = plain  # entry by entry
     bijection = biject_to(support)
     event_dim, value_dim = bijection.domain.event_dim, bijection.codomain.event_dim
 
