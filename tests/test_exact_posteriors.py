@@ -89,21 +89,17 @@ def dihedral(order):
     return [space.irrep(1, 0), space.irrep(1, 1)] if order == 2 else [space.irrep(1, 1)], space
 
 
-# Of D_3 the flow learns one branch, bent by 60 degrees with long tails: seen 0.14 to 0.18 nats short of the evidence.
-# The trained flows are steep at a few draws of thousands, where float32 is said to leave 1e-4 of an event's length.
+# Seen 0.02 to 0.05 nats short of the evidence over two seeds; of D_3 the flow learns one branch, with long tails. Trained
+# flows are steep at a few draws of thousands, where float32 is said to leave 1e-4 of an event's length.
 @pytest.mark.filterwarnings("ignore::pyro_equiflow.errors.PrecisionWarning")
-@pytest.mark.parametrize("case, steps, gap", [("D2", 300, 0.1), ("D3", 500, 0.3)])
-def test_flow_averaged_over_a_dihedral_group(case, steps, gap):
+@pytest.mark.parametrize("case", ["D2", "D3"])
+def test_default_guide_under_a_dihedral_group(case):
     irreps, space = dihedral(int(case[1]))
-    guide = AutoEquivariantFlow(
-        model,
-        {"z": FieldType(space, irreps)},
-        lambda field_type: equivariant_flow(field_type, num_transforms=4, hidden_dims=(32, 32)),
-    )
+    guide = AutoEquivariantFlow(model, {"z": FieldType(space, irreps)})
     guide(case)
-    train(guide, case, 0, steps=steps, learning_rate=1e-2, particles=128)
-    assert_invariant(guide.get_posterior(), guide.get_posterior().sample((50,)))
-    assess(guide, case, 0, gap)
+    train(guide, case, 0, steps=500, learning_rate=5e-3, particles=64)
+    assert_invariant(guide.get_posterior(), guide.get_posterior().sample((50,)), tolerance=1e-2)
+    assess(guide, case, 0, gap=0.15)
 
 
 def test_dihedral_flow_with_auxiliary_vectors():
@@ -112,6 +108,7 @@ def test_dihedral_flow_with_auxiliary_vectors():
         model,
         {"z": FieldType(space, irreps), "auxiliary": FieldType(space, irreps)},
         lambda field_type: equivariant_flow(field_type, num_transforms=6, hidden_dims=(48, 48)),
+        init_scale=1.0,
     )
     guide("D2", 2)
     train(guide, "D2", 2, steps=500, learning_rate=5e-3, particles=128)
@@ -125,6 +122,7 @@ def test_rotation_flow_with_auxiliary_invariants():
         model,
         {"z": FieldType(space, [space.irrep(1, 1)])},
         lambda field_type: equivariant_flow(field_type, num_transforms=6, hidden_dims=(32, 32)),
+        init_scale=1.0,
     )
     guide("O2", 2)
     train(guide, "O2", 2, steps=600, learning_rate=5e-3, particles=128)

@@ -18,6 +18,12 @@ from tests.test_amortized import benchmark
 
 posteriors, models, annealing = (benchmark(name) for name in ("posteriors", "posterior_models", "annealing"))
 
+# Guides of two steps: nothing of theirs is to be believed.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pyro_equiflow.errors.EvidenceWarning"),
+    pytest.mark.filterwarnings("ignore::pyro_equiflow.errors.PrecisionWarning"),
+]
+
 PAIRS = [(name, guide) for name in models.POSTERIORS for guide in posteriors.GUIDES]
 
 
