@@ -89,8 +89,8 @@ def dihedral(order):
     return [space.irrep(1, 0), space.irrep(1, 1)] if order == 2 else [space.irrep(1, 1)], space
 
 
-# Seen 0.02 to 0.05 nats short of the evidence over two seeds; of D_3 the flow learns one branch, with long tails. Trained
-# flows are steep at a few draws of thousands, where float32 is said to leave 1e-4 of an event's length.
+# Seen 0.02 to 0.05 nats short of the evidence over two seeds; of D_3 the flow learns one branch, with long tails.
+# Trained flows are steep at a few draws of thousands, where float32 is said to leave 1e-4 of an event's length.
 @pytest.mark.filterwarnings("ignore::pyro_equiflow.errors.PrecisionWarning")
 @pytest.mark.parametrize("case", ["D2", "D3"])
 def test_default_guide_under_a_dihedral_group(case):
