@@ -276,17 +276,11 @@ plt.show()
 # right distribution within their errors.
 #
 # The equivariant flow fits far better: most of its draws count even without HMC, where the plain flow's importance
-# weights are worth next to nothing. So NUTS needs the fewest gradients with it, about a sixth of the others' for the
-# same effective sample size. It does not win on every count. A gradient through six couplings costs about six times
-# that of this tiny model, so in CPU time the chain is hardly faster than plain NUTS; the training comes on top; and a
-# few divergences remain. Where the model itself is the dear part, the gradients decide.
-#
-# One chain each is little. Two further seeds of the chains, at the same settings:
-#
-# | chain | least ESS per 1000 gradients | per CPU second | divergent | 5% quantile, exact -3.24 |
-# |---|---|---|---|---|
-# | NUTS | 2.5, 1.3 | 2.0, 1.1 | 50, 51 | -2.79, -3.12 |
-# | NeuTra, AutoEquivariantFlow | 22, 19 | 3.0, 2.7 | 6, 0 | -3.39, -2.91 |
+# weights are worth next to nothing. So NUTS needs the fewest gradients with it, between a quarter and two fifths of the
+# others' for the same effective sample size. It does not win on every count. A gradient through six couplings costs
+# about six times that of this tiny model, so in CPU time the chain is no faster than plain NUTS, and the training comes
+# on top. Where the model itself is the dear part, the gradients decide. One chain each is little: two more of plain
+# NUTS gave 2.5 and 1.3 effective draws per 1000 gradients.
 #
 # When the effective share of the draws is as high as here, ask whether HMC is needed at all:
 # `pyro_equiflow.infer.importance_weights` corrects the same flow by weights, `metropolis` by a chain of independent
