@@ -3,6 +3,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -177,7 +178,7 @@ def test_report_of_guides(kind):
     kinds = {"flow": {}, "auxiliary": {"auxiliary": enn.FieldType(SPACE, [SPACE.irrep(1, 1)])}}
     if isinstance(kind, str):
         field_type = enn.FieldType(SPACE, 3 * [SPACE.irrep(1, 1)])
-        flow = lambda kind: equivariant_flow(kind, num_transforms=2, hidden_dims=(8,))  # noqa: E731
+        flow = partial(equivariant_flow, num_transforms=2, hidden_dims=(8,))
         guide = AutoEquivariantFlow(conjugate, {"z": field_type}, flow, **kinds[kind])
     else:
         guide = kind(conjugate)
@@ -195,7 +196,10 @@ def test_report_of_guides(kind):
 
 def test_report_sees_a_guide_that_is_not_invariant():
     field_type = enn.FieldType(SPACE, 3 * [SPACE.irrep(1, 1)])
-    broken = lambda kind: dist.transforms.AffineTransform(torch.tensor([3.0, 0, 0, 0, 0, 0]), 1.0, event_dim=1)  # noqa: E731
+
+    def broken(kind):
+        return dist.transforms.AffineTransform(torch.tensor([3.0, 0, 0, 0, 0, 0]), 1.0, event_dim=1)
+
     guide = AutoEquivariantFlow(conjugate, {"z": field_type}, broken)
     report = diagnose(guide, conjugate, num_samples=200)
     assert report.invariance > 1 and "The guide is not invariant under O(2)" in str(report)

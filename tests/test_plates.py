@@ -3,6 +3,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -159,7 +160,7 @@ def by_hand(size=None):
 
 
 def exchangeable(model):
-    flow = lambda kind: equivariant_flow(kind, num_transforms=2, split_by="irreps", hidden_dims=(8,))  # noqa: E731
+    flow = partial(equivariant_flow, num_transforms=2, split_by="irreps", hidden_dims=(8,))
     return AutoEquivariantFlow(model, {"m": LOCATIONS}, flow)
 
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from escnn.group import GroupElement
 from escnn.nn import FieldType
 from scipy.spatial import cKDTree
 from torch import Tensor
@@ -42,6 +43,11 @@ class Orbit:
         self.matrices = matrices
         self.field_type = field_type
         self._constants = Constants(matrices=matrices)
+
+    @classmethod
+    def of_elements(cls, field_type: FieldType, elements: Iterable[GroupElement]) -> Orbit:
+        """By some elements of a field type's group, without a base space."""
+        return cls(np.stack([channel_matrix(field_type, g) for g in elements]), field_type)
 
     @property
     def size(self) -> int:
@@ -154,11 +160,10 @@ def orbit_of(action: Action, name: str = "action") -> Orbit:
         _check_closed(matrices, name)
         return Orbit(matrices)
     validate_field_type(action, name)
+    check_finite_group(action, name)
     group = action.fibergroup
-    if group.order() < 1:
-        raise ValueError(f"{name}: expected a finite group to average over, found {group}; take a finite subgroup")
     if event_dim(action) == 1:
-        return Orbit(np.stack([channel_matrix(action, g) for g in group.elements]), action)
+        return Orbit.of_elements(action, group.elements)
     outside = sum(not on_grid(action, g) for g in group.elements)
     if outside:
         raise ValueError(
@@ -166,6 +171,16 @@ def orbit_of(action: Action, name: str = "action") -> Orbit:
             "not; take the subgroup of quarter turns and flips"
         )
     return GridOrbit(action)
+
+
+def check_finite_group(field_type: FieldType, name: str) -> None:
+    """Raises where nothing can be summed over.
+
+    :raises ValueError: an infinite group.
+    """
+    group = field_type.fibergroup
+    if group.order() < 1:
+        raise ValueError(f"{name}: expected a finite group to average over, found {group}; take a finite subgroup")
 
 
 def check_orthogonal(matrices: Any, name: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch.distributions import Distribution, constraints
 from pyro_equiflow.distributions.orbit import Action, Orbit, orbit_of
 from pyro_equiflow.errors import PrecisionWarning
 from pyro_equiflow.ops.arguments import check_flag, check_instance
+from pyro_equiflow.ops.rounding import neighbours
 from pyro_equiflow.ops.support import real_events
 from pyro_equiflow.ops.tracing import full_precision
 from pyro_equiflow.ops.warning import held_back, warn_caller
@@ -120,12 +121,11 @@ class OrbitMixture(TorchDistribution):
         return found - math.log(len(orbit))
 
     def _rounding(self, orbit: Tensor, found: Tensor) -> Tensor:
-        """How far the log-density changes where the last bits of the orbit do."""
+        """How far the log-density changes where the last bits of a float32 orbit do."""
         with torch.no_grad():
-            signs = torch.ones_like(orbit)
-            signs.view(-1)[::2] = -1.0
-            near = orbit + torch.finfo(orbit.dtype).eps * orbit.abs() * signs
-            return (torch.logsumexp(self.base.log_prob(near), 0) - found).abs()
+            near = neighbours(orbit, len(self.event_shape))
+            changes = [(torch.logsumexp(self.base.log_prob(x), 0) - found).abs() for x in near]
+            return torch.maximum(*changes)
 
     @staticmethod
     def _judge(change: Tensor, dtype: torch.dtype) -> None:

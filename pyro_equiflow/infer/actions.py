@@ -27,6 +27,7 @@ __all__ = [
     "latent_orbit",
     "moved",
     "site_actions",
+    "trivial_type",
     "validate_representations",
 ]
 
@@ -145,8 +146,13 @@ def latent_field_type(representations: Mapping[str, Any], shapes: Mapping[str, t
     actions = list(site_actions(representations, shapes).values())
     if isinstance(actions[0], FieldType):
         return FieldType(actions[0].gspace, [r for action in actions for r in action.representations])
+    return trivial_type(sum(action.shape[-1] for action in actions))
+
+
+def trivial_type(size: int) -> FieldType:
+    """Coordinates that no symmetry ties together."""
     space = gspaces.no_base_space(trivial_group())
-    return FieldType(space, sum(action.shape[-1] for action in actions) * [space.trivial_repr])
+    return FieldType(space, size * [space.trivial_repr])
 
 
 def latent_orbit(representations: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Orbit:

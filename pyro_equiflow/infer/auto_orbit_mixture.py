@@ -8,15 +8,15 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from escnn.nn import FieldType
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible
 
-from pyro_equiflow.infer.actions import Representations, latent_orbit, validate_representations
+from pyro_equiflow.distributions.orbit import check_finite_group
+from pyro_equiflow.infer.actions import Representations, latent_orbit
 from pyro_equiflow.infer.averaged_guide import AveragedGuide
-from pyro_equiflow.infer.invariance import InvarianceReport
-from pyro_equiflow.infer.latents import refuse_subsampled_latents
-from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer
+from pyro_equiflow.ops.arguments import check_instance
 
 __all__ = ["AutoOrbitMixture"]
 
@@ -73,30 +73,27 @@ class AutoOrbitMixture(AveragedGuide):
     ) -> None:
         expected = "an AutoNormal or a guide of Pyro's on the joined unconstrained values, as AutoMultivariateNormal"
         check_instance("guide", guide, (AutoContinuous, AutoNormal), expected)
-        declared = validate_representations(representations)
-        check_invariance = check_flag("check_invariance", check_invariance)
-        num_quantile_samples = check_integer("num_quantile_samples", num_quantile_samples, 1)
-        super().__init__(guide.model, init_loc_fn=init_to_feasible)
+        super().__init__(
+            guide.model,
+            representations,
+            init_loc_fn=init_to_feasible,
+            check_invariance=check_invariance,
+            num_quantile_samples=num_quantile_samples,
+        )
+        for kind in self.representations.values():
+            if isinstance(kind, FieldType):
+                check_finite_group(kind, "representations")
         # Not as an attribute of a PyroModule: that would rename the guide's parameters, which may be trained.
         self._modules["guide"] = guide
-        self.representations = declared
-        self.check_invariance = check_invariance
-        self.num_quantile_samples = num_quantile_samples
-        #: Of the check on the first call.
-        self.invariance_report: InvarianceReport | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self.guide.prototype_trace is None:
             with pyro.poutine.block():
                 self.guide(*args, **kwargs)
         super()._setup_prototype(*args, **kwargs)
-        try:
-            refuse_subsampled_latents(self.prototype_trace)
-            self.orbit = latent_orbit(self.representations, self._unconstrained_shapes)
-            self.invariance_report = self._check_model(self.representations, args, kwargs)
-        except Exception:
-            self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
-            raise
+
+    def _set_up(self) -> None:
+        self.orbit = latent_orbit(self.representations, self._unconstrained_shapes)
 
     def _get_unaveraged(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         self._require_set_up()

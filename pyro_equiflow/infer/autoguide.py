@@ -24,14 +24,14 @@ from pyro_equiflow.flows import equivariant_flow
 from pyro_equiflow.infer.actions import Representations, latent_field_type, latent_orbit, validate_representations
 from pyro_equiflow.infer.averaged_guide import AveragedGuide
 from pyro_equiflow.infer.cosets import split_symmetry
-from pyro_equiflow.infer.invariance import InvarianceReport
-from pyro_equiflow.infer.latents import preserved_random_state, refuse_subsampled_latents
+from pyro_equiflow.infer.diagnostics import largest_change
+from pyro_equiflow.infer.latents import preserved_random_state
 from pyro_equiflow.infer.param_store import take_stored_parameters
-from pyro_equiflow.infer.starts import default_flow, location_and_scale
-from pyro_equiflow.ops.arguments import check_choice, check_flag, check_instance, check_integer, check_number
+from pyro_equiflow.infer.starts import default_flow, flow_kind, location_and_scale
+from pyro_equiflow.ops.arguments import check_choice, check_instance, check_integer, check_number
 from pyro_equiflow.ops.data_parallel import refuse_within_data_parallel
 from pyro_equiflow.ops.events import act
-from pyro_equiflow.ops.representations import IrrepDecomposition, probe_elements
+from pyro_equiflow.ops.representations import probe_elements
 from pyro_equiflow.transforms import Compose, EquivariantTransform
 
 __all__ = ["AutoEquivariantFlow"]
@@ -144,38 +144,35 @@ class AutoEquivariantFlow(AveragedGuide):
         num_quantile_samples: int = 10_000,
     ) -> None:
         check_instance("model", model, Callable, "a Pyro model")
-        declared = validate_representations(representations)
+        first = next(iter(validate_representations(representations).values()))
         if flow is not None and (not callable(flow) or isinstance(flow, Transform)):
             raise TypeError(
                 "flow: expected a callable from the latent's field type to a transform, found "
                 f"{type(flow).__name__}; for one that is built already pass lambda field_type: transform"
             )
         check_choice("built_in", built_in, ("connected", "all"))
-        first = next(iter(declared.values()))
         if built_in == "all" and not isinstance(first, FieldType):
             raise ValueError(
                 "built_in: expected 'connected' with matrices, which are averaged over, found 'all'; "
                 "declare field types"
             )
         init_scale = check_number("init_scale", init_scale, "(0, inf)")
-        num_quantile_samples = check_integer("num_quantile_samples", num_quantile_samples, 1)
-        check_invariance = check_flag("check_invariance", check_invariance)
-        check_instance("init_loc_fn", init_loc_fn, Callable, "a function of sites, as Pyro's init_to_median")
         if isinstance(auxiliary, FieldType) and not isinstance(first, FieldType):
             raise TypeError(f"auxiliary: expected a number beside matrices, found the field type {auxiliary}")
         if isinstance(first, FieldType) and auxiliary is not None:
             augment(first, auxiliary)  # raises now what it would on the first call
         elif auxiliary is not None:
             auxiliary = check_integer("auxiliary", auxiliary, 1, also="None")
-        super().__init__(model, init_loc_fn=init_loc_fn)
-        self.representations = declared
+        super().__init__(
+            model,
+            representations,
+            init_loc_fn=init_loc_fn,
+            check_invariance=check_invariance,
+            num_quantile_samples=num_quantile_samples,
+        )
         self.built_in = built_in
         self.auxiliary = auxiliary
         self.init_scale = init_scale
-        self.check_invariance = check_invariance
-        self.num_quantile_samples = num_quantile_samples
-        #: Of the check on the first call.
-        self.invariance_report: InvarianceReport | None = None
         #: How the group acts on the whole latent.
         self.field_type: FieldType | None = None
         #: How the part of it acts that the flow commutes with, on the latent and the auxiliary fields.
@@ -188,15 +185,11 @@ class AutoEquivariantFlow(AveragedGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         refuse_within_data_parallel(type(self).__name__)
         super()._setup_prototype(*args, **kwargs)
-        try:
-            refuse_subsampled_latents(self.prototype_trace)
-            self.invariance_report = self._check_model(self.representations, args, kwargs)
-            self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
-            self.flow_type, self.orbit = self._split_symmetry(self._with_auxiliary(self.field_type))
-            self.transform = self._build(self.flow_type)
-        except Exception:
-            self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
-            raise
+
+    def _set_up(self) -> None:
+        self.field_type = latent_field_type(self.representations, self._unconstrained_shapes)
+        self.flow_type, self.orbit = self._split_symmetry(self._with_auxiliary(self.field_type))
+        self.transform = self._build(self.flow_type)
 
     def _with_auxiliary(self, field_type: FieldType) -> FieldType:
         return field_type if self.auxiliary is None else augment(field_type, self.auxiliary)
@@ -255,14 +248,11 @@ class AutoEquivariantFlow(AveragedGuide):
                 "identity_init": False,
                 "actnorm": False,
             }
-            kind = "coupling" if len(IrrepDecomposition(flow_type).blocks) > 1 else "residual"
-            flow = equivariant_flow(flow_type, kind=kind, **options).double().eval()
+            flow = equivariant_flow(flow_type, kind=flow_kind(flow_type), **options).double().eval()
             base = dist.Normal(torch.zeros(flow_type.size, dtype=torch.float64), 1.0).to_event(1)
             average = OrbitMixture(dist.TransformedDistribution(base, [flow]), orbit)
-            x = average.sample((20,))
-            before = average.log_prob(x)
-            changes = [average.log_prob(act(flow_type, g, x)) - before for g in probe_elements(flow_type.fibergroup)]
-        worst = max(float(change.abs().max()) for change in changes)
+            moves = [partial(act, flow_type, g) for g in probe_elements(flow_type.fibergroup)]
+            worst = largest_change(average, moves, 20)
         if worst > _ROUNDING:
             raise ValueError(
                 f"representations: expected a group that maps {flow_type.fibergroup}, which the flow commutes with, to "
@@ -276,9 +266,7 @@ class AutoEquivariantFlow(AveragedGuide):
         """The standard normal on the latent (and the auxiliary fields), in the flow's dtype and on its device."""
         self._require_set_up()
         flow_type: Any = self.flow_type
-        size = flow_type.size
-        like = next(self.parameters(), None)
-        like = self._init_loc() if like is None else like
+        like, size = self._like(), flow_type.size
         return dist.Normal(like.new_zeros(1), like.new_ones(1)).expand([size]).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:

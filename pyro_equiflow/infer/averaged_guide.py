@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from pyro_equiflow.distributions.orbit import Orbit, Turn
 from pyro_equiflow.errors import EquivarianceError, PrecisionWarning
 from pyro_equiflow.infer.actions import Representations, block_diagonal, latent_orbit, validate_representations
 from pyro_equiflow.infer.invariance import InvarianceReport, check_model_invariance
+from pyro_equiflow.infer.latents import refuse_subsampled_latents
 from pyro_equiflow.infer.quantiles import constrained_quantiles
 from pyro_equiflow.infer.supports import kept_inside
-from pyro_equiflow.ops.arguments import check_instance, check_number
+from pyro_equiflow.ops.arguments import check_flag, check_instance, check_integer, check_number
 from pyro_equiflow.ops.serialization import forget_param_store
 from pyro_equiflow.ops.warning import warn_caller
 
@@ -39,12 +40,44 @@ class AveragedGuide(AutoContinuous):
     ELBO of :math:`q`, a lower bound of the average's. Everything else (``torch.no_grad()``, as of
     ``SVI.evaluate_loss`` and :func:`importance_weights`, and ``eval()``) scores by :math:`\bar q` itself.
 
-    A subclass gives :math:`q` by ``_get_unaveraged``, and sets ``orbit``.
+    A subclass gives :math:`q` by ``_get_unaveraged``, and sets ``orbit`` in ``_set_up``.
     """
 
     orbit: Orbit | None = None
-    check_invariance: bool
-    num_quantile_samples: int
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        representations: Representations,
+        *,
+        init_loc_fn: Callable[..., Any],
+        check_invariance: bool,
+        num_quantile_samples: int,
+    ) -> None:
+        representations = validate_representations(representations)
+        check_instance("init_loc_fn", init_loc_fn, Callable, "a function of sites, as Pyro's init_to_median")
+        check_invariance = check_flag("check_invariance", check_invariance)
+        num_quantile_samples = check_integer("num_quantile_samples", num_quantile_samples, 1)
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.representations = representations
+        self.check_invariance = check_invariance
+        self.num_quantile_samples = num_quantile_samples
+        #: Of the check on the first call.
+        self.invariance_report: InvarianceReport | None = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        try:
+            refuse_subsampled_latents(self.prototype_trace)
+            self.invariance_report = self._check_model(self.representations, args, kwargs)
+            self._set_up()
+        except Exception:
+            self.prototype_trace = None  # so that the next call sets up anew instead of going on half-made
+            raise
+
+    def _set_up(self) -> None:
+        """What follows from the first trace of the model."""
+        raise NotImplementedError
 
     def _get_unaveraged(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         raise NotImplementedError
@@ -85,16 +118,16 @@ class AveragedGuide(AutoContinuous):
         if not self._trains():
             return pyro.sample(name, OrbitMixture(unaveraged, self.orbit), infer={"is_auxiliary": True})
         # Of log-density 0 and without a score: a draw's element, which a replayed trace keeps.
-        zero = torch.zeros((), **self._like())
+        zero = self._like().new_zeros(())
         place = pyro.sample(f"{name}_element", dist.Uniform(zero, zero + 1), infer={"is_auxiliary": True})
         which = (place * len(self.orbit)).long().clamp(max=len(self.orbit) - 1)
         turned = dist.TransformedDistribution(unaveraged, [Turn(self.orbit, which)])
         return pyro.sample(name, turned, infer={"is_auxiliary": True})
 
-    def _like(self) -> dict[str, Any]:
-        """Dtype and device of the latent values."""
-        latent = self._init_loc()
-        return {"dtype": latent.dtype, "device": latent.device}
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and on the device of what is drawn."""
+        parameter = next(self.parameters(), None)
+        return self._init_loc() if parameter is None else parameter
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the latent values at the guide's auxiliary site."""

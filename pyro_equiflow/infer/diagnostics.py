@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from escnn.nn import FieldType
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_equiflow.distributions.augmented import augment
 from pyro_equiflow.distributions.orbit import Orbit
@@ -22,7 +23,7 @@ from pyro_equiflow.ops.arguments import check_instance, check_integer
 from pyro_equiflow.ops.events import act
 from pyro_equiflow.ops.representations import probe_elements
 
-__all__ = ["GuideReport", "diagnose"]
+__all__ = ["GuideReport", "diagnose", "largest_change"]
 
 _GROUPS = 20  # of draws, for the bound: its standard error has about a sixth's error of its own
 _INVARIANCE_DRAWS = 100
@@ -220,7 +221,11 @@ def _invariance(
     with evaluating(guide), preserved_random_state():
         posterior = guide.get_posterior(*args, **kwargs)
         joint = getattr(posterior, "joint", posterior)  # auxiliary fields are invariant as well, and so is their joint
-        draws = joint.sample((_INVARIANCE_DRAWS,))
-        before = joint.log_prob(draws)
-        changes = [joint.log_prob(move(draws)) - before for move in moves]
-    return max((float(change.abs().max()) for change in changes), default=0.0)
+        return largest_change(joint, moves, _INVARIANCE_DRAWS)
+
+
+def largest_change(density: Distribution, moves: Iterable[Callable[[Tensor], Tensor]], number: int) -> float:
+    """By how many nats a log-density changes at most, where so many draws of its own are moved."""
+    draws = density.sample(torch.Size((number,)))
+    before = density.log_prob(draws)
+    return max((float((density.log_prob(move(draws)) - before).abs().max()) for move in moves), default=0.0)

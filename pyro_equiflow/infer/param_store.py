@@ -22,7 +22,9 @@ def take_stored_parameters(name: str, module: torch.nn.Module, owner: str) -> No
     if first is None or first not in store or store[first] is keys[first]:
         return  # the store holds all of a module's parameters or none
     for key, parameter in keys.items():
-        stored = store[key] if key in store else parameter  # noqa: SIM401 (its get makes no tensor of it)
+        if key not in store:
+            continue
+        stored = store[key]
         if (stored.shape, stored.dtype) != (parameter.shape, parameter.dtype):
             raise ValueError(
                 f"{owner}: expected {key!r} of shape {tuple(parameter.shape)} and {parameter.dtype} in Pyro's "

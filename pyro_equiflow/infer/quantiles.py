@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to
+
+from pyro_equiflow.infer.supports import entrywise
 
 __all__ = ["constrained_quantiles"]
 
@@ -22,15 +24,9 @@ def constrained_quantiles(unconstrained: Tensor, levels: Tensor, support: Any) -
     :return: shape ``(k, *shape)``, of the constrained value's shape.
     """
     to_support = biject_to(support)
-    if _is_elementwise(support):
+    if entrywise(support) is not None:
         return _quantile(to_support(unconstrained), levels)
     return to_support(_quantile(unconstrained, levels))
-
-
-def _is_elementwise(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return bool(biject_to(support).domain.event_dim == 0)
 
 
 def _quantile(values: Tensor, levels: Tensor) -> Tensor:

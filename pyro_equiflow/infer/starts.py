@@ -14,12 +14,17 @@ from pyro_equiflow.ops.coordinates import IrrepCoordinates
 from pyro_equiflow.ops.representations import IrrepDecomposition
 from pyro_equiflow.transforms import EquivariantActNorm, EquivariantTransform, Inverse
 
-__all__ = ["default_flow", "location_and_scale"]
+__all__ = ["default_flow", "flow_kind", "location_and_scale"]
+
+
+def flow_kind(field_type: FieldType) -> str:
+    """Couplings where there is something to split; a single irrep takes residual steps."""
+    return "coupling" if len(IrrepDecomposition(field_type).blocks) > 1 else "residual"
 
 
 def default_flow(field_type: FieldType) -> EquivariantTransform:
     """Spline couplings; of a single irrep, which has nothing to split, residual steps."""
-    if len(IrrepDecomposition(field_type).blocks) > 1:
+    if flow_kind(field_type) == "coupling":
         return equivariant_flow(field_type, num_transforms=4, transformer=Spline(log_scale_bound=0.5), actnorm=False)
     return equivariant_flow(field_type, kind="residual", num_transforms=6, actnorm=False)
 

@@ -11,9 +11,16 @@ from torch.distributions import biject_to, constraints
 
 from pyro_equiflow.ops.tracing import is_traced
 
-__all__ = ["kept_inside"]
+__all__ = ["entrywise", "kept_inside"]
 
 _HALVINGS = 30
+
+
+def entrywise(support: Any) -> Any:
+    """The constraint of a single entry, where a support is one of every entry by itself; else ``None``."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support if biject_to(support).domain.event_dim == 0 else None
 
 
 def kept_inside(unconstrained: Tensor, support: Any) -> Tensor:
@@ -26,13 +33,9 @@ def kept_inside(unconstrained: Tensor, support: Any) -> Tensor:
     :param unconstrained: shape ``(*batch, *event)`` of the map ``biject_to(support)``.
     :param support: the site's constraint.
     """
-    plain = support
-    while isinstance(plain, constraints.independent):
-        plain = plain.base_constraint
-    if plain is constraints.real or is_traced(unconstrained):
+    support = entrywise(support) or support
+    if support is constraints.real or is_traced(unconstrained):
         return unconstrained
-    if biject_to(plain).domain.event_dim == 0:
-        support = plain  # entry by entry
     bijection = biject_to(support)
     event_dim, value_dim = bijection.domain.event_dim, bijection.codomain.event_dim
 

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from pyro_equiflow.ops.arguments import check_instance, check_integer
 
-__all__ = ["rounding_error"]
+__all__ = ["neighbours", "rounding_error"]
+
+
+def neighbours(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
+    """Every number moved to a neighbour in float32, as its last bit says; and with every second one the other way.
+
+    In one direction alone a steep map may be flat.
+    """
+    first = (x.contiguous().view(torch.int32) ^ 1).view(torch.float32)
+    shape = x.shape[x.dim() - event_dim :]
+    every_second = torch.arange(shape.numel(), device=x.device).reshape(shape) % 2
+    return first, torch.where(every_second.bool(), torch.nextafter(x, 2 * x - first), first)
 
 
 @torch.no_grad()
@@ -54,11 +65,7 @@ def rounding_error(
         check_instance("image", image, Tensor, "a torch.Tensor or None")
     x = x.detach().contiguous()
     image = function(x) if image is None else image.detach()
-    first = (x.view(torch.int32) ^ 1).view(torch.float32)
-    every_second = (
-        torch.arange(x.shape[x.dim() - event_dim :].numel(), device=x.device).reshape(x.shape[-event_dim:]) % 2
-    )
-    second = torch.where(every_second.bool(), torch.nextafter(x, 2 * x - first), first)
+    first, second = neighbours(x, event_dim)
 
     def length(a: Tensor) -> Tensor:
         return a.flatten(a.dim() - event_dim).norm(dim=-1)
