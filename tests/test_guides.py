@@ -70,6 +70,20 @@ def test_connected_part_is_built_in_and_the_rest_averaged(name):
     torch.testing.assert_close(average.log_prob(x), terms.logsumexp(0) - math.log(cosets))
 
 
+def test_finite_group_that_escnn_cannot_restrict():
+    cube = group.full_octa_group()
+    kind = pe.field_type("full octahedral", vectors=2)
+    guide = pe.AutoEquivariantFlow(prior(6), {"z": kind})
+    guide()
+    assert len(guide.orbit) == cube.order() and guide.flow_type.fibergroup.order() == 1
+    pyro.clear_param_store()
+    product = group.direct_product(cube, group.so2_group())
+    irrep = next(r for r in product.irreps() if r.size > 2)
+    whole = pe.AutoEquivariantFlow(prior(2 * irrep.size), {"z": point(product, irrep, irrep)})
+    whole()
+    assert whole.orbit is None and whole.flow_type == whole.field_type
+
+
 def test_all_built_in():
     kind = SYMMETRIES["O2"][0]
     guide = pe.AutoEquivariantFlow(prior(kind.size), {"z": kind}, built_in="all")

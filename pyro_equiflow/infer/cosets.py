@@ -28,30 +28,44 @@ def split_symmetry(field_type: FieldType, built_in: str) -> tuple[FieldType, Orb
         and so does a product with a group that escnn cannot restrict.
     :return: the field type of what is built in, and the cosets' elements, if there is more than one.
     """
-    connected, elements = _connected_part(field_type.fibergroup)
-    if built_in == "all" or not 1 < len(elements) <= _MAX_COSETS:
+    elements = [] if built_in == "all" else _coset_elements(field_type.fibergroup)
+    if not 1 < len(elements) <= _MAX_COSETS:
         return field_type, None
-    # Of the trivial group, which not every finite one can be restricted to in escnn, coordinate by coordinate.
-    whole = field_type.fibergroup.order() > 0
     try:
-        flow_type = trivial_type(field_type.size) if whole else field_type.restrict(connected)
+        connected = _restricted(field_type)
     except NotImplementedError:  # of escnn, for products with groups whose subgroups it lacks
         return field_type, None
-    return flow_type, Orbit.of_elements(field_type, elements)
+    return connected, Orbit.of_elements(field_type, elements)
 
 
-def _connected_part(group: Group) -> tuple[Any, list[GroupElement]]:
-    """By which escnn knows the connected part, and one element of every coset of it; these are a subgroup.
-
-    A group that is none of those below counts as connected.
-    """
+def _coset_elements(group: Group) -> list[GroupElement]:
+    """One element of every coset of the connected part; they are a subgroup. The identity alone of unknown groups."""
     if group.order() > 0:
-        return group.subgroup_trivial_id, list(group.elements)
+        return list(group.elements)
     if isinstance(group, DirectProductGroup):
-        (first, ones), (second, others) = _connected_part(group.G1), _connected_part(group.G2)
-        return (first, second), [group.pair_elements(g, h) for g in ones for h in others]
+        first, second = _coset_elements(group.G1), _coset_elements(group.G2)
+        return [group.pair_elements(g, h) for g in first for h in second]
     if isinstance(group, O2):
-        return (None, -1), [group.identity, group.element((1, 0.0), "radians")]
+        return [group.identity, group.element((1, 0.0), "radians")]
     if isinstance(group, O3):
-        return "so3", [group.identity, group.element((1, np.array([0.0, 0.0, 0.0, 1.0])), "Q")]
-    return group.subgroup_self_id, [group.identity]
+        return [group.identity, group.element((1, np.array([0.0, 0.0, 0.0, 1.0])), "Q")]
+    return [group.identity]
+
+
+def _restricted(field_type: FieldType) -> FieldType:
+    """The field type of the connected part: coordinate by coordinate where that is trivial."""
+    group = field_type.fibergroup
+    return trivial_type(field_type.size) if group.order() > 0 else field_type.restrict(_connected_id(group))
+
+
+def _connected_id(group: Group) -> Any:
+    """By which escnn knows the connected part; not every finite group has its trivial subgroup there."""
+    if group.order() > 0:
+        return group.subgroup_trivial_id
+    if isinstance(group, DirectProductGroup):
+        return _connected_id(group.G1), _connected_id(group.G2)
+    if isinstance(group, O2):
+        return None, -1
+    if isinstance(group, O3):
+        return "so3"
+    return group.subgroup_self_id
